@@ -1,0 +1,76 @@
+"""The GPT-2 family by name: ``family.yaml`` holds the table, :func:`get_config` reads it."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from transformers import GPT2Config
+
+__all__ = ["family", "get_config"]
+
+
+def family() -> tuple[str, ...]:
+    """Names of all models of the family, in the table's order."""
+    return tuple(_table())
+
+
+def get_config(name: str, **overrides: Any) -> GPT2Config:
+    """The Hugging Face configuration of a model of the family.
+
+    ``get_config("gpt2-125m", n_positions=2048, resid_pdrop=0.0)`` changes single settings.
+
+    Args:
+        name: One of :func:`family`.
+        **overrides: Any argument of :class:`transformers.GPT2Config`; ``dropout`` sets
+            ``attn_pdrop``, ``embd_pdrop`` and ``resid_pdrop`` at once.
+
+    Returns:
+        A fresh configuration: vocabulary 50,257, ``<|endoftext|>`` at both ends.
+
+    Raises:
+        ValueError: The name is not in the family, an override is no setting of GPT-2, or
+            ``n_head`` does not divide ``n_embd``.
+    """
+    from transformers import GPT2Config
+
+    if name not in _table():
+        raise ValueError(
+            f"model name must be one of the family's, got {name!r}"
+            f"{_nearest(name, _table())}. The family: {', '.join(_table())}."
+        )
+    settings = {**_table()[name], **overrides}
+    if "dropout" in settings:
+        dropout = settings.pop("dropout")
+        settings = {"attn_pdrop": dropout, "embd_pdrop": dropout, "resid_pdrop": dropout} | settings
+    known = GPT2Config().to_dict().keys() | {"attn_implementation"}
+    for key in settings:
+        if key not in known:
+            raise ValueError(
+                f"settings of {name} must be arguments of transformers.GPT2Config, got {key!r}"
+                f"{_nearest(key, known)}."
+            )
+    config = GPT2Config(**settings)
+    if config.n_embd % config.n_head:
+        raise ValueError(
+            f"n_embd must be a multiple of n_head, got n_embd={config.n_embd} and "
+            f"n_head={config.n_head}; change one of them."
+        )
+    return config
+
+
+@functools.cache
+def _table() -> dict[str, dict[str, Any]]:
+    text = resources.files("composer_gpt2.configs").joinpath("family.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)
+
+
+def _nearest(name: str, known: Any) -> str:
+    """``" (did you mean 'x'?)"``, or nothing where no known name resembles ``name``."""
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
