@@ -1,0 +1,264 @@
+"""GPT-2 as a Composer model: the Hugging Face network, our tokenizer, metrics and precision.
+
+The network is ``transformers.GPT2LMHeadModel`` untouched, so that weights, exports and generation
+are everybody's; this file decides how Composer feeds and measures it.
+
+Shapes: ``B`` batch, ``T`` tokens of a sequence, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import re
+import tempfile
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from composer.models import HuggingFaceModel
+from composer.utils import get_file
+from torch import Tensor
+from torchmetrics import Metric
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from composer_gpt2.configs import get_config
+from composer_gpt2.metrics import BitsPerByte, LanguageCrossEntropy, LanguagePerplexity
+from composer_gpt2.tokenizer import END_OF_TEXT, get_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+    from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+
+__all__ = ["GPT2Model"]
+
+CPUPrecision = Literal["fp32", "amp_bf16"]
+
+
+class GPT2Model(HuggingFaceModel):
+    """GPT-2 with a language-model head, ready for ``composer.Trainer``.
+
+    Batches are mappings with ``input_ids`` and, to train, ``labels``: int64, shape ``(B, T)``,
+    equal to each other; the loss shifts them by one and is the mean cross entropy in nats a token.
+    Train and eval metrics are ``LanguageCrossEntropy``, ``LanguagePerplexity`` and ``BitsPerByte``;
+    they reuse the loss and cost no second softmax.
+
+    An ``attention_mask`` in a batch whose tokens are all real is dropped: without one, scaled dot
+    product attention takes its causal kernel.
+
+    Example::
+
+        from composer import Trainer
+        from composer_gpt2 import GPT2Model
+
+        model = GPT2Model.from_name("gpt2-125m")
+        Trainer(model=model, train_dataloader=..., optimizers=..., max_duration="14000ba").fit()
+
+    Args:
+        module: The network to wrap. Default: a new one, initialised as GPT-2 is, from ``config``.
+        config: The network's configuration. Default: that of ``module``, else OpenAI's GPT-2 small.
+        tokenizer_name: ``"gpt2"`` for the tokenizer of this package; a folder with a saved Hugging
+            Face tokenizer; ``None`` for none, and then no bits per byte. It is saved in checkpoints
+            and used by ``generate``.
+        cpu_precision: ``"amp_bf16"`` runs the forward pass under bfloat16 autocast when the model
+            is on a CPU, where Composer's own ``precision="amp_bf16"`` is refused; give the Trainer
+            ``precision="fp32"`` then. Other devices follow the Trainer's precision.
+
+    Raises:
+        ValueError: ``config`` is not that of ``module``, the tokenizer is unknown, or it has more
+            tokens than the model.
+
+    Source: Radford et al., 2019, "Language Models are Unsupervised Multitask Learners", 2.3.
+    """
+
+    def __init__(
+        self,
+        module: GPT2LMHeadModel | None = None,
+        config: GPT2Config | None = None,
+        tokenizer_name: str | None = "gpt2",
+        cpu_precision: CPUPrecision = "fp32",
+    ) -> None:
+        if cpu_precision not in ("fp32", "amp_bf16"):
+            raise ValueError(
+                f"cpu_precision must be 'fp32' or 'amp_bf16', got {cpu_precision!r}; on other "
+                "devices the Trainer's precision decides."
+            )
+        if module is None:
+            module = GPT2LMHeadModel(config if config is not None else GPT2Config())
+        elif config is not None and config.to_dict() != module.config.to_dict():
+            theirs, ours = module.config.to_dict(), config.to_dict()
+            differing = sorted(k for k in theirs | ours if theirs.get(k) != ours.get(k))
+            raise ValueError(
+                "config must describe module, got a different value of "
+                f"{', '.join(differing)}; pass one of the two."
+            )
+        # The class name of GPT-2's network does not tell transformers which loss it has.
+        module.loss_type = "ForCausalLM"
+        tokenizer = _load_tokenizer(tokenizer_name)
+        if tokenizer is not None and len(tokenizer) > module.config.vocab_size:
+            raise ValueError(
+                f"vocab_size must be at least the tokenizer's {len(tokenizer)} tokens, got "
+                f"{module.config.vocab_size}; enlarge it or pass tokenizer_name=None."
+            )
+        metrics: list[Metric] = [LanguageCrossEntropy(), LanguagePerplexity()]
+        if tokenizer_name == "gpt2":
+            metrics.append(BitsPerByte())
+        super().__init__(model=module, tokenizer=tokenizer, metrics=metrics, shift_labels=True)
+        self.tokenizer_name = tokenizer_name
+        self.cpu_precision = cpu_precision
+
+    @classmethod
+    def from_name(
+        cls,
+        name: str,
+        *,
+        tokenizer_name: str | None = "gpt2",
+        cpu_precision: CPUPrecision = "fp32",
+        **config_overrides: Any,
+    ) -> GPT2Model:
+        """A freshly initialised model of the family.
+
+        ``GPT2Model.from_name("gpt2-125m", n_positions=2048, dropout=0.0)`` changes single settings.
+
+        Args:
+            name: One of :func:`composer_gpt2.configs.family`.
+            tokenizer_name: As in the constructor.
+            cpu_precision: As in the constructor.
+            **config_overrides: As in :func:`composer_gpt2.configs.get_config`.
+
+        Raises:
+            ValueError: An unknown name or setting; the message names the nearest known one.
+        """
+        config = get_config(name, **config_overrides)
+        return cls(config=config, tokenizer_name=tokenizer_name, cpu_precision=cpu_precision)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        *,
+        tokenizer_name: str | None = "gpt2",
+        cpu_precision: CPUPrecision = "fp32",
+    ) -> GPT2Model:
+        """A model with trained weights, in evaluation mode.
+
+        What exists on disk is read from disk, and the network is not asked. Only a name that is no
+        path goes to the Hugging Face hub (or to its cache, with ``HF_HUB_OFFLINE=1``).
+
+        Args:
+            path_or_hub_id: A Composer checkpoint (a ``.pt`` file or its ``s3://`` address), a
+                folder that Hugging Face's ``save_pretrained`` wrote, or a hub id such as
+                ``openai-community/gpt2``. A checkpoint is a pickle: load only those you trust.
+            tokenizer_name: As in the constructor.
+            cpu_precision: As in the constructor.
+
+        Raises:
+            FileNotFoundError: It looks like a path and nothing is there.
+            ValueError: The file or folder holds no GPT-2.
+        """
+        source = str(path_or_hub_id)
+        if "://" in source:
+            with tempfile.TemporaryDirectory() as folder:
+                local = Path(folder) / "checkpoint.pt"
+                get_file(source, str(local))
+                module = _load_composer_checkpoint(local)
+        elif Path(source).is_file():
+            module = _load_composer_checkpoint(Path(source))
+        elif Path(source).is_dir():
+            module = _load_hugging_face(source, local_files_only=True)
+        elif _HUB_ID.fullmatch(source):
+            module = _load_hugging_face(source, local_files_only=False)
+        else:
+            raise FileNotFoundError(
+                "trained weights must be a Composer .pt file, a Hugging Face folder or a hub id "
+                f"(openai-community/gpt2), got {source!r}, which does not exist; check the path."
+            )
+        return cls(module, tokenizer_name=tokenizer_name, cpu_precision=cpu_precision).eval()
+
+    def forward(self, batch: Mapping[str, Tensor]) -> CausalLMOutputWithCrossAttentions:
+        """Logits, shape ``(B, T, V)``, and, if the batch has labels, the mean loss (a scalar)."""
+        inputs = {name: batch[name] for name in batch if name in self.model_forward_args}
+        mask = inputs.get("attention_mask")
+        if mask is not None and bool(mask.all()):
+            del inputs["attention_mask"]
+        with self._autocast(inputs["input_ids"].device):
+            return self.model(**inputs, use_cache=False)
+
+    def eval_forward(self, batch: MutableMapping[str, Any], outputs: Any | None = None) -> Any:
+        """Outputs for the metrics: those of the forward pass if given, else of a new one.
+
+        Composer's in-context-learning and generation batches (``mode: icl_task | generate``) are
+        Composer's own business.
+        """
+        if "mode" in batch:
+            return super().eval_forward(batch, outputs)
+        return outputs if outputs is not None else self(batch)
+
+    def update_metric(self, batch: Mapping[str, Any], outputs: Any, metric: Metric) -> dict:
+        """Adds a batch to a metric: ours take the loss, any other the logits and shifted labels."""
+        if "mode" in batch:
+            return super().update_metric(batch, outputs, metric)
+        labels = batch["labels"]
+        if isinstance(metric, LanguageCrossEntropy):
+            metric.update(outputs["loss"], labels)
+        else:
+            metric.update(outputs["logits"][:, :-1], labels[:, 1:])
+        return {}
+
+    def generate(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
+        """Continues ``input_ids``, shape ``(B, T)``, as ``transformers.GPT2LMHeadModel.generate``.
+
+        Sequences that end early are padded with ``<|endoftext|>``; all of ``input_ids`` is taken as
+        text unless an ``attention_mask`` says otherwise.
+        """
+        kwargs.setdefault("pad_token_id", END_OF_TEXT)
+        kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
+        with self._autocast(input_ids.device):
+            return super().generate(input_ids, **kwargs)
+
+    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
+        if self.cpu_precision == "amp_bf16" and device.type == "cpu":
+            return torch.autocast("cpu", torch.bfloat16)
+        return contextlib.nullcontext()
+
+
+# One or two words, as the hub has them; what looks like this and exists on disk is read from disk.
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(?<!\.pt)", re.ASCII)
+
+
+def _load_tokenizer(name: str | None) -> PreTrainedTokenizerFast | None:
+    if name is None:
+        return None
+    if name == "gpt2":
+        return get_tokenizer()
+    if Path(name).is_dir():
+        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+    raise ValueError(
+        "tokenizer_name must be 'gpt2', a folder with a saved Hugging Face tokenizer, or None, got "
+        f"{name!r}; download other tokenizers first and pass their folder."
+    )
+
+
+def _load_hugging_face(source: str, *, local_files_only: bool) -> GPT2LMHeadModel:
+    config = GPT2Config.from_pretrained(source, local_files_only=local_files_only)
+    if config.model_type != "gpt2":
+        raise ValueError(f"{source} must hold a GPT-2, got model_type {config.model_type!r}.")
+    return GPT2LMHeadModel.from_pretrained(source, config=config, local_files_only=local_files_only)
+
+
+def _load_composer_checkpoint(path: Path) -> GPT2LMHeadModel:
+    """The network of a Composer checkpoint, which holds its configuration beside its weights."""
+    try:
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=False)["state"]
+        saved = state["integrations"]["huggingface"]["model"]["config"]["content"]
+    except (KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path} must be a checkpoint that a Trainer saved of a GPT2Model, got a file without "
+            f"its configuration ({error!r}); check the path."
+        ) from error
+    module = GPT2LMHeadModel(GPT2Config.from_dict(saved))
+    module.load_state_dict(
+        {name.removeprefix("model."): weight for name, weight in state["model"].items()}
+    )
+    return module
