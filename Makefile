@@ -1,0 +1,62 @@
+# `make train`: everything from a bare clone to a trained model and a sample of its text.
+# `make test`:  everything from a bare clone to a tested checkout.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+# `make train` on your own: RECIPE=yamls/gpt2-125m.yaml DATA=corpus.jsonl (a file, folder or glob to
+# prepare, or a prepared folder or s3://bucket/prefix), ARGS="max_duration=100ba" (dotlist).
+RECIPE ?= yamls/quickstart.yaml
+DATA   ?=
+ARGS   ?=
+WORKERS ?= 2
+
+.PHONY: help install train test lint docs clean
+
+help:
+	@echo "make train   set up, then train a GPT-2 from streamed text and sample from it"
+	@echo "             RECIPE=yamls/... DATA=my.jsonl ARGS='optimizer.adamw.lr=3.0e-4' for your own"
+	@echo "make test    set up, then run the linters and the whole test suite"
+	@echo "make docs    set up, then build the documentation into docs/_build/html"
+	@echo "make clean   remove what the above made, except runs/"
+
+# uv installs the environment in half a minute where pip takes three; where it cannot, pip does.
+define install
+	@$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info < (3, 13), \
+	    f"Python 3.10 to 3.12 is needed, this is {sys.version}; set PYTHON=python3.11"'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv \
+	    && UV_LINK_MODE=copy $(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".[$(1)]" \
+	    || $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(1)]"
+	@touch $@
+endef
+
+$(VENV)/.installed: setup.py pyproject.toml
+	@echo "Installing composer-gpt2 and what it needs into $(VENV) (6.5 GB, one to five minutes)"
+	$(call install,test)
+
+$(VENV)/.installed-docs: setup.py pyproject.toml | $(VENV)/.installed
+	$(call install,docs)
+
+install: $(VENV)/.installed
+
+train: $(VENV)/.installed
+	@$(BIN)/composer-gpt2 quickstart --recipe "$(RECIPE)" $(if $(DATA),--data "$(DATA)") -- $(ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/codespell
+	$(BIN)/yamllint --strict yamls algorithms composer_gpt2
+
+test: lint
+	$(BIN)/pytest -n $(WORKERS) --dist loadgroup
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+	@echo "Open docs/_build/html/index.html"
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info docs/_build docs/reference .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Speedup algorithms, one folder each; import them through ``composer_gpt2.algorithms``."""
