@@ -1,0 +1,271 @@
+"""Where a prepared corpus lies: a folder or a prefix in an object store, behind one interface.
+
+Uploads, downloads and listings are mosaicml-streaming's own, so what it can read can be written.
+S3 (any endpoint with its interface: R2, MinIO, GCS and OCI with HMAC keys, ...) and folders are
+under test; ``gs://``, ``oci://`` and ``azure://`` take the same way through their own clients.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+from urllib.parse import urlparse
+
+from typing_extensions import Self
+
+__all__ = ["ObjectStore", "check_bucket", "open_store"]
+
+
+def open_store(url: str) -> ObjectStore:
+    """The store at ``url``, with its bucket and credentials checked (within seconds).
+
+    Args:
+        url: A folder (it need not exist), or ``s3://``, ``gs://``, ``oci://``, ``azure://`` with
+            bucket and prefix.
+
+    Raises:
+        ValueError: No such kind of store.
+        OSError: The bucket does not exist, or cannot be reached, or refuses the credentials.
+    """
+    scheme = urlparse(url).scheme
+    if scheme == "":
+        return _Folder(url)
+    if scheme not in ("s3", "gs", "oci", "azure"):
+        raise ValueError(
+            f"A corpus must be a folder or an address that starts with s3://, gs://, oci:// or "
+            f"azure://, got {url!r}."
+        )
+    if scheme == "s3":
+        check_bucket(url)
+    return _Bucket(url)
+
+
+def check_bucket(url: str) -> None:
+    """Makes sure, within seconds, that an S3 bucket is there and lets us in.
+
+    Args:
+        url: ``s3://bucket`` with or without a prefix.
+
+    Raises:
+        FileNotFoundError: The endpoint has no such bucket.
+        PermissionError: Credentials are missing or refused.
+        ConnectionError: The endpoint does not answer.
+    """
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+
+    bucket = urlparse(url).netloc
+    endpoint = os.environ.get("S3_ENDPOINT_URL")
+    place = f"bucket {bucket!r} at {endpoint or 'Amazon S3 (S3_ENDPOINT_URL is not set)'}"
+    # boto3's defaults would wait for minutes on an address that does not answer.
+    config = Config(connect_timeout=5, read_timeout=20, retries={"total_max_attempts": 2})
+    try:
+        client = boto3.Session().client("s3", endpoint_url=endpoint, config=config)
+        client.head_bucket(Bucket=bucket)
+    except NoCredentialsError as error:
+        raise PermissionError(
+            f"Writing to and reading from {place} needs credentials, got none; set "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE."
+        ) from error
+    except ClientError as error:
+        code = error.response["Error"]["Code"]
+        if code in ("404", "NoSuchBucket"):
+            raise FileNotFoundError(
+                f"There must be a {place}, got 'not found'; create it, or check the name in {url} "
+                "and S3_ENDPOINT_URL."
+            ) from error
+        raise PermissionError(
+            f"The {place} refuses access ({code}); check AWS_ACCESS_KEY_ID, "
+            "AWS_SECRET_ACCESS_KEY and the permissions of the key."
+        ) from error
+    except (BotoCoreError, ValueError) as error:
+        raise ConnectionError(
+            f"The {place} cannot be reached ({error}); check S3_ENDPOINT_URL and the network."
+        ) from error
+
+
+class ObjectStore(ABC):
+    """A flat set of files under names like ``train/index.json``; use it in a ``with``.
+
+    Attributes:
+        url: Where it is.
+        work_dir: An empty local folder in which to write a file before it is put.
+    """
+
+    url: str
+    work_dir: Path
+
+    @abstractmethod
+    def start_writing(self) -> None:
+        """Claims the store for this process, where it can be claimed, and empties ``work_dir``."""
+
+    @abstractmethod
+    def put(self, name: str) -> None:
+        """Moves ``work_dir/name`` into the store; others see all of it or nothing."""
+
+    @abstractmethod
+    @contextmanager
+    def local_copy(self, name: str) -> Iterator[Path]:
+        """A path at which to read ``name``, for the length of the ``with``."""
+        yield Path()
+
+    @abstractmethod
+    def names(self) -> set[str]:
+        """The names of all files."""
+
+    @abstractmethod
+    def delete(self, names: Iterable[str]) -> None:
+        """Deletes the files, in the order given."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Removes the work folder."""
+
+    def put_bytes(self, name: str, data: bytes) -> None:
+        """Stores ``data`` under ``name``."""
+        path = self.work_dir / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        self.put(name)
+
+    def read_bytes(self, name: str) -> bytes:
+        """The content of ``name``."""
+        with self.local_copy(name) as path:
+            return path.read_bytes()
+
+    def __enter__(self) -> Self:
+        """Itself."""
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Closes it."""
+        self.close()
+
+
+class _Folder(ObjectStore):
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._root = Path(url).expanduser()
+        if self._root.exists() and not self._root.is_dir():
+            raise NotADirectoryError(f"A corpus must be a folder, got the file {url!r}.")
+        # Inside the folder, so that putting is a rename; a killed run's leftovers go with it.
+        self.work_dir = self._root / ".unfinished"
+        self._lock: IO[bytes] | None = None
+
+    def start_writing(self) -> None:
+        self.work_dir.mkdir(parents=True, exist_ok=True)
+        lock = (self.work_dir / "lock").open("wb")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it on any death
+        except BlockingIOError as error:
+            lock.close()
+            raise BlockingIOError(
+                f"Only one process may prepare a folder, but another is at work in {self.url}; "
+                "wait for it or stop it."
+            ) from error
+        self._lock = lock
+        for leftover in self.work_dir.iterdir():
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            elif leftover.name != "lock":
+                leftover.unlink()
+
+    def put(self, name: str) -> None:
+        source, target = self.work_dir / name, self._root / name
+        with source.open("rb") as file:
+            os.fsync(file.fileno())  # a rename must not survive a power cut that the data did not
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.replace(target)
+
+    @contextmanager
+    def local_copy(self, name: str) -> Iterator[Path]:
+        yield self._root / name
+
+    def names(self) -> set[str]:
+        # Two levels and nothing hidden: the folder may be a home, and another run may be at work.
+        visible = [path for path in _children(self._root) if not path.name.startswith(".")]
+        files = [*visible, *(path for folder in visible for path in _children(folder))]
+        return {str(path.relative_to(self._root)) for path in files if path.is_file()}
+
+    def delete(self, names: Iterable[str]) -> None:
+        for name in names:
+            (self._root / name).unlink()
+
+    def close(self) -> None:
+        if self._lock is not None:
+            shutil.rmtree(self.work_dir)
+            self._lock.close()
+
+
+class _Bucket(ObjectStore):
+    def __init__(self, url: str) -> None:
+        from streaming.base.storage import CloudDownloader, CloudUploader
+
+        self.url = url.rstrip("/")
+        self._temporary = tempfile.TemporaryDirectory(prefix="composer-gpt2-")
+        self.work_dir = Path(self._temporary.name)
+        self._uploader: Any = CloudUploader.get((str(self.work_dir), self.url), retry=4)
+        self._downloader = CloudDownloader.get(self.url)
+
+    def start_writing(self) -> None:
+        pass  # object stores have no locks; the temporary folder is new
+
+    def put(self, name: str) -> None:
+        self._uploader.upload_file(name)
+
+    @contextmanager
+    def local_copy(self, name: str) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="composer-gpt2-") as folder:
+            path = Path(folder, Path(name).name)
+            self._downloader.download(f"{self.url}/{name}", str(path))
+            yield path
+
+    def names(self) -> set[str]:
+        address = urlparse(self.url)
+        prefix = f"{address.path.strip('/')}/" if address.path.strip("/") else ""
+        if address.scheme == "azure":  # the one for which streaming cannot list
+            container = self._uploader.azure_service.get_container_client(address.netloc)
+            keys = [blob.name for blob in container.list_blobs(name_starts_with=prefix)]
+        else:
+            keys = self._uploader.list_objects()
+        return {key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
+
+    def delete(self, names: Iterable[str]) -> None:
+        from streaming.base.storage.upload import GCSAuthentication
+
+        address, uploader = urlparse(self.url), self._uploader
+        for name in names:
+            key = f"{address.path}/{name}".lstrip("/")
+            match address.scheme:
+                case "s3":
+                    uploader.s3.delete_object(Bucket=address.netloc, Key=key)
+                case "gs" if uploader.authentication == GCSAuthentication.HMAC:
+                    uploader.gcs_client.delete_object(Bucket=address.netloc, Key=key)
+                case "gs":
+                    uploader.gcs_client.bucket(address.netloc).blob(key).delete()
+                case "oci":
+                    bucket = address.netloc.split(f"@{uploader.namespace}")[0]
+                    uploader.client.delete_object(uploader.namespace, bucket, key)
+                case "azure":
+                    uploader.azure_service.get_blob_client(address.netloc, key).delete_blob()
+
+    def close(self) -> None:
+        self._temporary.cleanup()
+
+
+def _children(path: Path) -> list[Path]:
+    return list(path.iterdir()) if path.is_dir() else []

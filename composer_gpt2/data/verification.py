@@ -1,0 +1,192 @@
+"""Is a prepared corpus what its ``corpus.json`` says, byte for byte?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from tqdm import tqdm
+
+from composer_gpt2.data.object_store import ObjectStore, open_store
+from composer_gpt2.data.preparation import CORPUS
+from composer_gpt2.data.token_shards import INDEX, STATE
+from composer_gpt2.tokenizer import END_OF_TEXT, RANKS_SHA256, VOCAB_SIZE
+
+__all__ = ["DamagedCorpusError", "verify"]
+
+
+def verify(url: str, *, progress: bool = True) -> dict[str, Any]:
+    """Reads every shard of a prepared corpus and checks it.
+
+    Each shard must be there with the size and the hash that the index holds, in the right format,
+    with as many samples as the index says and no token outside the vocabulary; there must be no
+    other shards; and samples, tokens and ends of documents must add up to ``corpus.json``.
+
+    Args:
+        url: The ``out`` that was prepared: a folder or an object store.
+        progress: Show a progress bar.
+
+    Returns:
+        The content of ``corpus.json``.
+
+    Raises:
+        DamagedCorpusError: Something does not hold; the message has one line for each mistake and
+            begins it with the file.
+        FileNotFoundError: There is no corpus, or no bucket.
+        PermissionError: The bucket refuses the credentials.
+        ConnectionError: The bucket's endpoint does not answer.
+    """
+    with open_store(url) as store:
+        names = store.names()
+        if CORPUS not in names:
+            if STATE in names:
+                raise DamagedCorpusError(
+                    f"{url} must hold a finished corpus, but its preparation was interrupted; "
+                    "run the same prepare command again to finish it."
+                )
+            raise FileNotFoundError(
+                f"{url} must hold a prepared corpus, but there is no {CORPUS}; check the path, or "
+                "prepare one."
+            )
+        corpus = json.loads(store.read_bytes(CORPUS))
+        mistakes = list(_mistakes(store, names, corpus, progress))
+    if mistakes:
+        lines = "".join(f"\n  {mistake}" for mistake in mistakes)
+        raise DamagedCorpusError(
+            f"{url} must be as it was prepared, but:{lines}\nCopy these files again from a good "
+            "copy, or prepare the corpus again with overwrite (--overwrite)."
+        )
+    return corpus
+
+
+class DamagedCorpusError(ValueError):
+    """A corpus is not what it was when it was prepared; the message names the files."""
+
+
+def _mistakes(
+    store: ObjectStore, names: set[str], corpus: dict[str, Any], progress: bool
+) -> Iterator[str]:
+    expected = {
+        "format": "composer-gpt2-corpus",
+        "version": 1,
+        "dtype": "uint16",
+        "tokenizer": {"name": "gpt2", "vocab_size": VOCAB_SIZE, "ranks_sha256": RANKS_SHA256},
+    }
+    wrong = [key for key in expected if corpus.get(key) != expected[key]]
+    if wrong:
+        yield from (
+            f"{CORPUS}: {key} must be {expected[key]!r}, got {corpus.get(key)!r}" for key in wrong
+        )
+        return
+    indexes = {}
+    for split in corpus["splits"]:
+        if f"{split}/{INDEX}" not in names:
+            yield f"{split}/{INDEX}: is missing"
+            continue
+        try:
+            indexes[split] = json.loads(store.read_bytes(f"{split}/{INDEX}"))["shards"]
+        except (ValueError, KeyError) as error:
+            yield f"{split}/{INDEX}: is not an index ({error!r})"
+    n_bytes = sum(_stored(shard)["bytes"] for shards in indexes.values() for shard in shards)
+    with tqdm(total=n_bytes, desc="verify", unit="B", unit_scale=True, disable=not progress) as bar:
+        for split, shards in indexes.items():
+            yield from _split_mistakes(store, names, corpus, split, shards, bar)
+
+
+def _split_mistakes(
+    store: ObjectStore,
+    names: set[str],
+    corpus: dict[str, Any],
+    split: str,
+    shards: list[dict[str, Any]],
+    bar: tqdm,
+) -> Iterator[str]:
+    length, counts = corpus["sequence_length"], corpus["splits"][split]
+    n_ends: int | None = 0
+    for shard in shards:
+        name = f"{split}/{_stored(shard)['basename']}"
+        if name not in names:
+            yield f"{name}: is missing"
+            n_ends = None
+            continue
+        with store.local_copy(name) as path:
+            tokens = _read_shard(path, shard, length)
+        bar.update(_stored(shard)["bytes"])
+        if isinstance(tokens, str):
+            yield f"{name}: {tokens}"
+            n_ends = None
+            continue
+        if tokens.max() >= VOCAB_SIZE:
+            yield f"{name}: tokens must be below {VOCAB_SIZE}, got {tokens.max()}"
+        if n_ends is not None:
+            n_ends += int(np.count_nonzero(tokens == END_OF_TEXT))
+    listed = {f"{split}/{_stored(shard)['basename']}" for shard in shards}
+    for name in sorted(names - listed):
+        if name.startswith(f"{split}/shard."):
+            yield f"{name}: is not in {split}/{INDEX}"
+
+    n_samples = sum(shard["samples"] for shard in shards)
+    n_remainder = counts["remainder_tokens"]
+    if (n_samples, len(shards)) != (counts["samples"], counts["shards"]):
+        yield (
+            f"{split}/{INDEX}: must have {counts['samples']} samples in {counts['shards']} shards "
+            f"as {CORPUS} says, got {n_samples} in {len(shards)}"
+        )
+    if counts["samples"] * length + n_remainder != counts["tokens"]:
+        yield (
+            f"{CORPUS}: {split}: samples * sequence_length + remainder_tokens must be tokens "
+            f"({counts['tokens']}), got {counts['samples'] * length + n_remainder}"
+        )
+    # Each document has one end, of which some may lie in the remainder.
+    if n_ends is not None and not n_ends <= counts["documents"] <= n_ends + n_remainder:
+        yield (
+            f"{CORPUS}: {split}: documents must be the number of <|endoftext|> in the shards, "
+            f"{n_ends} to {n_ends + n_remainder}, got {counts['documents']}"
+        )
+
+
+def _read_shard(path: Path, shard: dict[str, Any], length: int) -> np.ndarray | str:
+    """The tokens of a shard, or what is wrong with it."""
+    from streaming.base.compression import decompress
+
+    expected = {
+        "format": "mds",
+        "column_names": ["tokens"],
+        "column_encodings": [f"ndarray:uint16:{length}"],
+    }
+    for key, value in expected.items():
+        if shard.get(key) != value:
+            return f"{key} in the index must be {value!r}, got {shard.get(key)!r}"
+    data = path.read_bytes()
+    if shard["zip_data"]:
+        if mistake := _compare(data, shard["zip_data"]):
+            return mistake
+        data = decompress(shard["compression"], data)
+    if mistake := _compare(data, shard["raw_data"]):
+        return mistake
+    # MDS: the number of samples, where each begins and the last ends, a header, the samples.
+    n_samples = int.from_bytes(data[:4], "little")
+    if n_samples != shard["samples"]:
+        return f"must have {shard['samples']} samples, got {n_samples}"
+    starts = np.frombuffer(data, np.uint32, n_samples + 1, offset=4).astype(np.int64)
+    if starts[-1] != len(data) or (np.diff(starts) != 2 * length).any():
+        return f"must hold samples of {length} tokens of 2 bytes, got others"
+    return np.frombuffer(data, np.uint16, n_samples * length, offset=starts[0])
+
+
+def _stored(shard: dict[str, Any]) -> dict[str, Any]:
+    """The index's description of the file that lies in the store."""
+    return shard["zip_data"] or shard["raw_data"]
+
+
+def _compare(data: bytes, info: dict[str, Any]) -> str | None:
+    if len(data) != info["bytes"]:
+        return f"must have {info['bytes']} bytes, got {len(data)}"
+    digest = xxhash.xxh64_hexdigest(data)
+    if digest != info["hashes"].get("xxh64"):
+        return f"must have xxh64 {info['hashes'].get('xxh64')}, got {digest}"
+    return None
