@@ -139,7 +139,7 @@ def prepare(
             shards.save()  # marks the output, and shows before the work that we may write
             shards.wait()
             _tokenize(files, shards, validation_fraction, num_threads, on_error, progress)
-            _check_splits(store, shards, sequence_length)
+            _check_splits(store, shards, sequence_length, validation_fraction)
             corpus = {
                 "format": "composer-gpt2-corpus",
                 "version": 1,
@@ -398,7 +398,9 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return differences
 
 
-def _check_splits(store: ObjectStore, shards: TokenShards, sequence_length: int) -> None:
+def _check_splits(
+    store: ObjectStore, shards: TokenShards, sequence_length: int, validation_fraction: float
+) -> None:
     """Refuses a split smaller than one sample, and clears the output, which cannot be finished."""
     n_tokens = {name: counts.tokens for name, counts in shards.counts.items()}
     for name, tokens in n_tokens.items():
@@ -414,8 +416,9 @@ def _check_splits(store: ObjectStore, shards: TokenShards, sequence_length: int)
         elif name == "train":
             advice = "choose a smaller validation_fraction (--validation-fraction)"
         else:
-            # Ten samples, were the documents spread evenly.
-            fraction = min(0.5, float(f"{10 * sequence_length / total:.1g}"))
+            # Ten samples, were the documents spread evenly; they are not where they are few.
+            fraction = max(10 * sequence_length / total, 2 * validation_fraction)
+            fraction = min(0.5, float(f"{fraction:.1g}"))
             advice = (
                 f"choose a larger validation_fraction (--validation-fraction {fraction}), or 0 for "
                 "none"

@@ -1,0 +1,230 @@
+"""Where a prepared corpus is read from, and whether it is the one that was asked for.
+
+Everything here happens before any work: the index and ``corpus.json`` are read and compared with
+what the run expects, so that a mistake costs seconds and not a day.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from composer_gpt2.data.download import is_url, read_bytes
+from composer_gpt2.tokenizer import RANKS_SHA256
+
+__all__ = ["DTYPE", "CorpusSource", "Expectation", "find_sources"]
+
+DTYPE = "uint16"  # enough for 50,257 tokens
+_COLUMN = "tokens"
+_STREAM_KEYS = ("remote", "local", "split", "proportion")
+
+
+def find_sources(
+    remote: str | None,
+    local: str | None,
+    split: str,
+    streams: Mapping[str, Mapping[str, Any]] | None,
+) -> list[CorpusSource]:
+    """The corpora to read from, each with its index read.
+
+    Args:
+        remote: As for :class:`composer_gpt2.data.streaming.StreamingTokens`, like the others.
+        local: The same.
+        split: The same.
+        streams: The same.
+
+    Raises:
+        ValueError: The arguments contradict, or an index is none.
+        OSError: A corpus cannot be read.
+    """
+    if streams is None:
+        streams = {remote or local or "corpus": {"remote": remote, "local": local}}
+    elif remote is not None or local is not None:
+        raise ValueError(
+            f"Either streams or remote/local must be given, got both (remote={remote!r}, "
+            f"local={local!r}, streams={list(streams)}); drop one."
+        )
+    # By name: the order in which a recipe lists them must not change the order of training.
+    sources = [_find_source(name, stream, split) for name, stream in sorted(streams.items())]
+    if len({source.proportion is None for source in sources}) > 1:
+        given = {source.name: source.proportion for source in sources}
+        raise ValueError(f"All streams must have a proportion, or none of them, got {given}.")
+    return sources
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a corpus must be.
+
+    Attributes:
+        sequence_length: Tokens in a sequence.
+        tokenizer: Name of its tokenizer; None if any will do.
+        hashes: Whether its shards must have hashes.
+    """
+
+    sequence_length: int
+    tokenizer: str | None
+    hashes: bool
+
+
+@dataclass
+class CorpusSource:
+    """One corpus to read from.
+
+    Attributes:
+        name: Of the stream and split, for messages.
+        remote: Absolute path of a folder, or an address in an object store.
+        local: Absolute path of the cache folder, or None for the default one.
+        split: Subfolder of both.
+        proportion: Share in a mixture, or None.
+        n_samples: Sequences in the split.
+        in_place: Whether the shards are read where they are, without a cache.
+        folder: Absolute path of the corpus or its cache, from which is read.
+        shard_folder: The split in that folder.
+    """
+
+    name: str
+    remote: str
+    local: str | None
+    split: str
+    proportion: float | None
+
+    def __post_init__(self) -> None:
+        self._index_bytes = read_bytes(os.path.join(self.remote, self.split, "index.json"))
+        self._shards = _parse_index(self._index_bytes, self.name)
+        self.n_samples = sum(shard["samples"] for shard in self._shards)
+        # Packed shards are unpacked into the cache: nothing is ever written to a source folder.
+        packed = any(shard["zip_data"] for shard in self._shards)
+        cache = self.local if self.local != self.remote else None
+        self.in_place = not (is_url(self.remote) or packed or cache)
+        default = self.remote if self.in_place else _default_cache(self.remote, self._index_bytes)
+        self.folder = cache or default
+        self.shard_folder = os.path.join(self.folder, self.split)
+
+    def problems(self, expected: Expectation) -> list[str]:
+        """What is not as expected, one sentence each."""
+        problems = []
+        columns = {
+            ", ".join(
+                map(":".join, zip(shard["column_names"], shard["column_encodings"], strict=True))
+            )
+            for shard in self._shards
+        }
+        wanted = f"{_COLUMN}:ndarray:{DTYPE}:{expected.sequence_length}"
+        if columns - {wanted}:
+            problems.append(
+                f"the shards must have the column {wanted} (sequence_length "
+                f"{expected.sequence_length}), got {' and '.join(sorted(columns))}; set "
+                "sequence_length to what they have, or prepare the corpus again with this "
+                "--sequence-length"
+            )
+        if expected.hashes and not all(shard["raw_data"]["hashes"] for shard in self._shards):
+            problems.append(
+                "every shard must have a hash in index.json, got shards without; write them with "
+                'hashes=["xxh64"], or pass check_hashes=False to train on unchecked data'
+            )
+        if expected.tokenizer is not None:
+            problems += self._description_problems(expected, expected.tokenizer)
+        return [f"{self.name}: {problem}." for problem in problems]
+
+    def write_index(self) -> None:
+        """Leaves the index that was checked in the cache folder, where streaming looks first.
+
+        Raises:
+            ValueError: The folder holds the shards of another corpus.
+        """
+        path = os.path.join(self.shard_folder, "index.json")
+        os.makedirs(self.shard_folder, exist_ok=True)
+        if os.path.exists(path):
+            with open(path, "rb") as file:
+                if file.read() == self._index_bytes:
+                    return
+            raise ValueError(
+                f"{self.name}: the cache folder {self.shard_folder} must be empty or hold shards "
+                f"of {self.remote}, got those of another corpus or of an older version of it; "
+                "delete it or set `local` to another folder."
+            )
+        part = f"{path}.part-{os.getpid()}"  # every rank writes it, and they write the same
+        with open(part, "wb") as file:
+            file.write(self._index_bytes)
+        os.replace(part, path)
+
+    def _description_problems(self, expected: Expectation, tokenizer: str) -> list[str]:
+        url = os.path.join(self.remote, "corpus.json")
+        try:
+            corpus = _parse_json(read_bytes(url), self.name)
+        except FileNotFoundError:
+            return [
+                f"{url} must say with which tokenizer the shards were made, but there is none; "
+                f"pass check_tokenizer=False if you know that it was {tokenizer!r}"
+            ]
+        its_tokenizer = corpus.get("tokenizer", {})
+        comparisons = [
+            ("sequence_length", expected.sequence_length, corpus.get("sequence_length")),
+            ("dtype", DTYPE, corpus.get("dtype")),
+            ("tokenizer", tokenizer, its_tokenizer.get("name")),
+        ]
+        if tokenizer == "gpt2":
+            ranks = its_tokenizer.get("ranks_sha256")
+            comparisons.append(("ranks_sha256 of the tokenizer", RANKS_SHA256, ranks))
+        return [
+            f"the {what} must be {wanted!r}, but corpus.json says {got!r}; change the recipe, or "
+            "prepare the corpus again"
+            for what, wanted, got in comparisons
+            if got != wanted
+        ]
+
+
+def _find_source(name: str, stream: Mapping[str, Any], default_split: str) -> CorpusSource:
+    if unknown := sorted(set(stream) - set(_STREAM_KEYS)):
+        raise ValueError(f"Stream {name!r} may have the keys {_STREAM_KEYS}, got {unknown}.")
+    remote, local = stream.get("remote"), stream.get("local")
+    if remote is None:  # then `local` is the corpus itself
+        remote, local = local, None
+    if remote is None:
+        raise ValueError(f"Stream {name!r} must say in `remote` where its corpus is, got nothing.")
+    if not is_url(remote):
+        remote = os.path.abspath(os.path.expanduser(remote))
+    if local is not None:
+        local = os.path.abspath(os.path.expanduser(local))
+    proportion = stream.get("proportion")
+    if proportion is not None and proportion <= 0:
+        raise ValueError(f"The proportion of stream {name!r} must be above 0, got {proportion}.")
+    split = stream.get("split", default_split)
+    label = os.path.join(name, split).rstrip("/")
+    return CorpusSource(label, remote.rstrip("/"), local, split, proportion)
+
+
+def _default_cache(remote: str, index_bytes: bytes) -> str:
+    root = os.environ.get("COMPOSER_GPT2_CACHE") or os.path.expanduser("~/.cache/composer-gpt2")
+    key = hashlib.blake2s(remote.encode() + b"\0" + index_bytes, digest_size=16).hexdigest()
+    return os.path.join(root, key)
+
+
+def _parse_index(data: bytes, name: str) -> list[dict[str, Any]]:
+    index = _parse_json(data, name)
+    shards = index.get("shards", [])
+    formats = {shard.get("format") for shard in shards}
+    if index.get("version") != 2 or formats - {"mds"}:
+        raise ValueError(
+            f"{name}: index.json must be of MDS shards in version 2, got version "
+            f"{index.get('version')!r} of {sorted(map(str, formats))}; prepare the corpus again."
+        )
+    return shards
+
+
+def _parse_json(data: bytes, name: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(data)
+    except ValueError as error:
+        parsed = error
+    if not isinstance(parsed, dict):
+        raise ValueError(
+            f"{name}: index.json and corpus.json must be JSON objects, got {parsed!r:.80}; prepare "
+            "the corpus again."
+        )
+    return parsed

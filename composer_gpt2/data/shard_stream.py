@@ -1,0 +1,166 @@
+"""Bring the shards of a corpus here, and let none be read that is not proven by its hash."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import numpy as np
+from streaming import Stream
+from streaming.base.compression import decompress
+from streaming.base.format import FileInfo, Reader
+from streaming.base.hashing import get_hash
+
+from composer_gpt2.data.download import download
+from composer_gpt2.data.shared_state import SharedFailure
+
+__all__ = ["ShardError", "ShardStream"]
+
+log = logging.getLogger(__name__)
+
+_ATTEMPTS_AT_A_BAD_HASH = 2  # the second tells a fault on the way from a bad object
+
+
+class ShardError(RuntimeError):
+    """A shard cannot be had, or is not what the index of its corpus says."""
+
+
+class ShardStream(Stream):
+    """A stream that looks at what is on disk before it trusts it, and fetches what is bad again.
+
+    streaming's own neither looks at files of an earlier run nor fetches a second time. A shard gets
+    its name in the cache folder only when it is proven, so several runs can share one.
+
+    Args:
+        remote: Where the corpus is; None if it is read in place.
+        local: The cache folder; the corpus itself if it is read in place.
+        split: Subfolder of both.
+        proportion: Share of this stream in a mixture, or None.
+        has_cache_limit: Whether streaming deletes shards and must therefore know what is on disk.
+
+    Attributes:
+        failure: Once it is set, by whichever process, a remote that is down is not waited for.
+    """
+
+    failure: SharedFailure | None = None
+
+    def __init__(
+        self,
+        *,
+        remote: str | None,
+        local: str,
+        split: str,
+        proportion: float | None,
+        has_cache_limit: bool,
+    ) -> None:
+        super().__init__(remote=remote, local=local, split=split, proportion=proportion)
+        self._has_cache_limit = has_cache_limit
+
+    def set_up_local(self, shards: list[Reader], cache_usage_per_shard: np.ndarray) -> None:
+        """Say which shards are on disk: none, so that `prepare_shard` looks at each before use.
+
+        With a cache limit they are proven here and now, because they take part of the limit.
+
+        Args:
+            shards: All shards of this stream.
+            cache_usage_per_shard: Receives the bytes of each on disk; 0 means not there.
+        """
+        for i, shard in enumerate(shards):
+            is_here = self._has_cache_limit and self._is_sound_here(shard)
+            cache_usage_per_shard[i] = shard.get_raw_size() if is_here else 0
+
+    def prepare_shard(self, shard: Reader) -> int:
+        """Make sure that the shard is on disk and sound.
+
+        Returns:
+            Its bytes, which the cache did not count before.
+
+        Raises:
+            ShardError: It is not and cannot be fetched.
+        """
+        if not self._is_sound_here(shard):
+            self._fetch(shard)
+        return shard.get_raw_size()
+
+    def _is_sound_here(self, shard: Reader) -> bool:
+        """Whether it is on disk with the right hash; deletes a bad copy, but never an original."""
+        raw, _ = shard.file_pairs[0]
+        path = self._path(raw)
+        if not os.path.exists(path):
+            return False
+        fault = _fault(_read(path), raw)
+        if not fault:
+            return True
+        if self.remote is None:
+            raise ShardError(_bad_shard(path, fault))
+        log.warning("Shard %s in the cache is bad (%s); fetching it again.", path, fault)
+        os.remove(path)
+        return False
+
+    def _fetch(self, shard: Reader) -> None:
+        raw, packed = shard.file_pairs[0]
+        path = self._path(raw)
+        if self.remote is None:
+            raise ShardError(f"Shard {path} must exist, as index.json lists it, but it does not.")
+        part = f"{path}.part-{os.getpid()}"
+        try:
+            data = self._download(packed or raw, part)
+            if packed:
+                data = decompress(shard.compression, data)
+                if fault := _fault(data, raw):
+                    raise ShardError(_bad_shard(self._url(packed), f"unpacked, {fault}"))
+                with open(part, "wb") as file:
+                    file.write(data)
+            os.replace(part, path)
+        finally:
+            if os.path.exists(part):
+                os.remove(part)
+
+    def _download(self, info: FileInfo, path: str) -> bytes:
+        url = self._url(info)
+        fault = ""
+        for _ in range(_ATTEMPTS_AT_A_BAD_HASH):
+            try:
+                download(
+                    url,
+                    path,
+                    retries=self.download_retry,
+                    timeout_seconds=self.download_timeout,
+                    stop=lambda: self.failure is not None and self.failure.is_set(),
+                )
+            except OSError as error:
+                raise ShardError(f"Shard {info.basename} cannot be read: {error}") from error
+            data = _read(path)
+            fault = _fault(data, info)
+            if not fault:
+                return data
+        raise ShardError(_bad_shard(url, f"{fault} (fetched {_ATTEMPTS_AT_A_BAD_HASH} times)"))
+
+    def _path(self, info: FileInfo) -> str:
+        return os.path.join(self.local, self.split, info.basename)
+
+    def _url(self, info: FileInfo) -> str:
+        assert self.remote is not None
+        return os.path.join(self.remote, self.split, info.basename)
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _fault(data: bytes, info: FileInfo) -> str:
+    """In which way ``data`` is not the file that the index describes; empty if it is."""
+    if len(data) != info.bytes:
+        return f"it has {len(data)} bytes where the index says {info.bytes}"
+    for algorithm, expected in info.hashes.items():
+        if (got := get_hash(algorithm, data)) != expected:
+            return f"its {algorithm} is {got} where the index says {expected}"
+    return ""
+
+
+def _bad_shard(place: str, fault: str) -> str:
+    return (
+        f"Shard {place} must be what index.json says, but {fault}; restore it or prepare the "
+        "corpus again (`composer-gpt2 verify` finds all bad shards)."
+    )
