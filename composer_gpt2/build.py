@@ -1,0 +1,302 @@
+"""Recipe to Trainer: every part of a run, built in the order in which it is needed.
+
+By now the recipe is known to be sound (``recipe.py``); nothing here chooses, it only constructs. A
+name in the recipe becomes a class through ``registry.py``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import math
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from composer import Callback, Trainer
+from composer.core import Batch, DataSpec, Evaluator
+from composer.utils import dist, get_device, reproducibility
+from torch import nn
+
+from composer_gpt2 import registry
+from composer_gpt2.data.streaming import StreamingTokens, build_token_dataloader
+from composer_gpt2.model import GPT2Model
+from composer_gpt2.progress import ProgressLines
+from composer_gpt2.recipe import Recipe, RecipeError
+from composer_gpt2.recipe_files import Mistake
+
+__all__ = [
+    "build_dataloader",
+    "build_model",
+    "build_optimizer",
+    "build_trainer",
+    "check_for_this_machine",
+    "parameter_groups",
+]
+
+
+def build_trainer(recipe: Recipe) -> Trainer:
+    """A Trainer that is ready to ``fit``, on this rank of however many there are.
+
+    A recipe without ``run_name`` gets one of model and start time, the same on all ranks:
+    ``trainer.state.run_name``.
+
+    Raises:
+        RecipeError: A batch size that this number of ranks does not divide, a GPU-only setting on a
+            CPU, or shards that are missing or not what the recipe says.
+    """
+    device = get_device(recipe.device)
+    on_cpu = device.name == "cpu"
+    if on_cpu:
+        _share_cores()
+        _keep_freed_memory()
+    check_for_this_machine(recipe, n_ranks=dist.get_world_size(), on_cpu=on_cpu)
+    dist.initialize_dist(device, recipe.dist_timeout)
+    recipe = _name_run(recipe)
+
+    reproducibility.seed_all(recipe.seed)  # before the model, so that ranks begin with one
+    model = build_model(recipe, on_cpu=on_cpu)
+    progress_bar = recipe.progress_bar and sys.stderr.isatty()
+    trainer = Trainer(
+        model=model,
+        train_dataloader=build_dataloader(recipe, recipe.data.train_split),
+        optimizers=build_optimizer(recipe, model),
+        schedulers=_build_all("schedulers", recipe.schedulers),
+        algorithms=_build_all("algorithms", recipe.algorithms),
+        max_duration=recipe.max_duration,
+        eval_dataloader=_build_evaluator(recipe),
+        callbacks=cast(
+            "list[Callback]",
+            [
+                ProgressLines(None if progress_bar else recipe.log_interval),
+                *_build_all("callbacks", recipe.callbacks),
+            ],
+        ),
+        loggers=_build_all("loggers", recipe.loggers),
+        run_name=recipe.run_name,
+        progress_bar=progress_bar,
+        save_folder=None if recipe.save_interval is None else recipe.save_folder,
+        save_interval=recipe.save_interval or "1dur",
+        save_num_checkpoints_to_keep=recipe.save_num_checkpoints_to_keep,
+        save_overwrite=recipe.save_overwrite,
+        load_path=recipe.load_path,
+        load_weights_only=recipe.load_weights_only,
+        autoresume=recipe.autoresume,
+        device=device,
+        precision="fp32" if on_cpu else recipe.precision,
+        device_train_microbatch_size=recipe.device_train_microbatch_size,
+        seed=recipe.seed,
+        deterministic_mode=recipe.deterministic_mode,
+        dist_timeout=recipe.dist_timeout,
+        compile_config={} if recipe.compile else None,
+    )
+    if trainer._checkpoint_saver is not None:
+        # At the end of a run that saves to an object store Composer waits this long for an upload
+        # that takes milliseconds; its default is 30 s.
+        trainer._checkpoint_saver._symlink_upload_wait_before_next_try_in_seconds = 0.5
+    return trainer
+
+
+def build_model(recipe: Recipe, *, on_cpu: bool) -> GPT2Model:
+    """The recipe's model, freshly initialised; on a CPU it brings its own bfloat16 autocast."""
+    return GPT2Model.from_name(
+        recipe.model.name,
+        cpu_precision="amp_bf16" if on_cpu and recipe.precision == "amp_bf16" else "fp32",
+        **recipe.model.config_overrides,
+    )
+
+
+def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the groups of :func:`parameter_groups`.
+
+    AdamW runs as one fused kernel unless the recipe chooses another implementation.
+    """
+    arguments = recipe.optimizer_arguments
+    if recipe.optimizer_name == "adamw" and not arguments.keys() & {
+        "capturable",
+        "differentiable",
+        "foreach",
+        "fused",
+    }:
+        arguments["fused"] = True
+    groups = parameter_groups(
+        model, arguments.get("weight_decay"), exclude=recipe.weight_decay_exclude
+    )
+    return registry.get("optimizers", recipe.optimizer_name).load()(groups, **arguments)
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float | None, *, exclude: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """Every trainable parameter once: those that decay, then those that do not.
+
+    Args:
+        model: Any model; a tied parameter counts once.
+        weight_decay: The recipe's, ``None`` for the optimizer's own; 0 gives one group, for then
+            there is nothing to tell apart.
+        exclude: Kinds that do not decay: ``bias`` (parameters of that name), ``norm`` (those of
+            normalization layers), ``embedding`` (those of embedding layers, a tied head included).
+
+    Returns:
+        Groups for a torch optimizer; an empty one is left out.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if weight_decay == 0:
+        return [{"params": parameters}]
+    undecayed: set[nn.Parameter] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            kinds = {
+                "bias": name == "bias",
+                "norm": isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm),
+                "embedding": isinstance(module, nn.Embedding),
+            }
+            if any(kinds[kind] for kind in exclude):
+                undecayed.add(parameter)
+    groups = [
+        {"params": [p for p in parameters if p not in undecayed]},
+        {"params": [p for p in parameters if p in undecayed], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_dataloader(recipe: Recipe, split: str) -> DataSpec:
+    """This rank's batches of a split: ``input_ids`` and ``labels``, int64, shape ``(B, T)``.
+
+    The training split is shuffled if the recipe says so and drops its last, incomplete batch; the
+    validation split is read in order, to its end.
+
+    Raises:
+        RecipeError: The shards are missing or not what the recipe says.
+    """
+    training = split == recipe.data.train_split
+    batch_size = recipe.train_batch_size if training else recipe.eval_batch_size
+    assert batch_size is not None  # filled in by the recipe
+    data = recipe.data
+    streams = {name: s.model_dump(exclude_none=True) for name, s in data.streams.items()}
+    try:
+        dataset = StreamingTokens(
+            remote=data.remote,
+            local=data.local,
+            streams=streams or None,
+            split=split,
+            sequence_length=data.sequence_length,
+            batch_size=batch_size // dist.get_world_size(),
+            shuffle=data.shuffle and training,
+            shuffle_seed=recipe.seed,
+            num_canonical_nodes=data.num_canonical_nodes,
+            cache_limit=data.cache_limit,
+            download_retry=data.download_retry,
+            download_timeout=data.download_timeout,
+            check_tokenizer=data.check_tokenizer,
+        )
+    except (ValueError, OSError) as error:
+        raise RecipeError([Mistake(None, "data:", str(error))]) from error
+    loader = build_token_dataloader(dataset, num_workers=data.num_workers, drop_last=training)
+    return DataSpec(loader, split_batch=_split_batch)
+
+
+def _has_checkpoints(save_folder: str | None) -> bool:
+    """Whether a folder here has some; an object store is Composer's to ask, at the first save."""
+    return save_folder is not None and any(Path(save_folder).glob("*-rank*.pt"))
+
+
+def _split_batch(batch: Batch, size: int | float) -> Sequence[Batch]:
+    """Micro-batches of ``size`` sequences; Composer's own splitter warns at a smaller last one."""
+    parts = {name: tensor.split(int(size)) for name, tensor in batch.items()}
+    return [dict(zip(parts, part, strict=True)) for part in zip(*parts.values(), strict=True)]
+
+
+def _name_run(recipe: Recipe) -> Recipe:
+    """The recipe with a run name: its own, or model and start time as rank 0 sees them."""
+    if recipe.run_name is not None:
+        return recipe
+    name = [f"{recipe.model.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"]
+    dist.broadcast_object_list(name, src=0)
+    return recipe.with_run_name(name[0])
+
+
+def _build_evaluator(recipe: Recipe) -> Evaluator | None:
+    if recipe.data.validation_split is None:
+        return None
+    return Evaluator(
+        label="eval",
+        dataloader=build_dataloader(recipe, recipe.data.validation_split),
+        metric_names=["LanguageCrossEntropy", "LanguagePerplexity", "BitsPerByte"],
+        eval_interval=recipe.eval_interval or "1dur",
+        subset_num_batches=recipe.eval_subset_num_batches,
+    )
+
+
+def _build_all(kind: registry.Kind, chosen: dict[str, dict[str, Any]]) -> list[Any]:
+    return [registry.get(kind, name).load()(**arguments) for name, arguments in chosen.items()]
+
+
+def check_for_this_machine(recipe: Recipe, *, n_ranks: int, on_cpu: bool) -> None:
+    """Refuses what a recipe alone cannot know to be wrong, before anything is built.
+
+    Args:
+        recipe: A checked recipe.
+        n_ranks: Processes that train together.
+        on_cpu: Whether they have no GPU.
+
+    Raises:
+        RecipeError: A batch size that the ranks do not divide, a setting that needs a GPU, or the
+            name of a run that has checkpoints already.
+    """
+    mistakes = []
+
+    def fail(key: str, message: str) -> None:
+        mistakes.append(Mistake(None, key, message))
+
+    for key in ("train_batch_size", "eval_batch_size"):
+        size = getattr(recipe, key)
+        if size % n_ranks:
+            nearby = max(size // n_ranks, 1) * n_ranks
+            fail(key, f"must be a multiple of the {n_ranks} ranks, got {size}; try {nearby}")
+    microbatch_size = recipe.device_train_microbatch_size
+    share = recipe.train_batch_size // n_ranks
+    if isinstance(microbatch_size, int) and not mistakes and share % microbatch_size:
+        fail(
+            "device_train_microbatch_size",
+            f"must divide a rank's share of the batch, {recipe.train_batch_size} / {n_ranks} = "
+            f"{share} sequences, got {microbatch_size}; try {math.gcd(share, microbatch_size)}",
+        )
+    if on_cpu and microbatch_size == "auto":
+        fail("device_train_microbatch_size", "'auto' needs a GPU; give a number of sequences")
+    if on_cpu and recipe.precision == "amp_fp16":
+        fail("precision", "amp_fp16 needs a GPU; use amp_bf16 or fp32")
+    goes_on = recipe.autoresume or recipe.load_path is not None or recipe.save_overwrite
+    if recipe.save_interval is not None and not goes_on and _has_checkpoints(recipe.save_folder):
+        fail(
+            "run_name",
+            f"must be new, but {recipe.save_folder} holds checkpoints of a run of that name; go on "
+            "with it (autoresume=true), choose another name, or replace it (save_overwrite=true)",
+        )
+    if mistakes:
+        raise RecipeError(mistakes)
+
+
+def _share_cores() -> None:
+    """One thread for each core of this rank's share, unless ``OMP_NUM_THREADS`` says otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        n_cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, n_cores // dist.get_local_world_size()))
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc reuse large blocks instead of returning them to the system after each use.
+
+    Logits are hundreds of megabytes; fetched from the kernel anew each time, their pages cost more
+    than the arithmetic on them (benchmarks/cpu_allocator_*.md). It takes more memory at the peak.
+    Other C libraries are left alone.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        m_mmap_max, m_trim_threshold = -4, -1  # <malloc.h>
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_mmap_max, 0)  # no block has a mapping of its own
+        libc.mallopt(m_trim_threshold, -1)  # and the heap never shrinks
