@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from itertools import islice
+
+import pytest
+from streaming import LocalDataset
+
+from composer_gpt2.documentation import read_documentation, write_documentation
+from composer_gpt2.quickstart import quickstart, unigram_entropy
+
+
+def test_the_documentation_is_the_same_each_time_and_is_prose():
+    first, second = (list(islice(read_documentation(), 400)) for _ in range(2))
+    assert first == second
+    assert "assert" in first[0]  # the first topic of Python's help()
+    assert all(text.strip() for text in first)
+
+
+def test_the_corpus_has_the_promised_size(tmp_path):
+    path = write_documentation(tmp_path / "folder" / "documentation.jsonl")
+    assert path.stat().st_size > 5e6
+    lines = path.read_text().splitlines()
+    assert len(lines) > 1000
+    assert set(json.loads(lines[-1])) == {"text"}
+
+
+def test_unigram_entropy_is_that_of_the_tokens(tiny_corpus, tmp_path):
+    from pathlib import Path
+
+    train = Path(tiny_corpus) / "train"
+    tokens = [int(t) for sample in LocalDataset(local=str(train)) for t in sample["tokens"]]
+    n = len(tokens)
+    expected = -sum(c / n * math.log(c / n) for c in Counter(tokens).values())
+    assert unigram_entropy(train) == pytest.approx(expected, rel=1e-9)
+
+
+def test_ones_own_text_and_settings_go_the_whole_way(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text(
+        "\n".join(f"{i} bottles of beer on the wall, {i} bottles of beer." for i in range(3_000))
+    )
+    for part in range(40):  # a file is a document
+        (tmp_path / "texts").mkdir(exist_ok=True)
+        (tmp_path / "texts" / f"{part}.txt").write_text(
+            "\n".join(f"{i} bottles of beer on the wall." for i in range(part * 50, part * 50 + 50))
+        )
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "model: {name: gpt2-tiny, n_embd: 32}\n"
+        "data: {sequence_length: 64}\n"
+        "train_batch_size: 8\n"
+        "max_duration: 4ba\n"
+        "optimizer: {adamw: {lr: 1.0e-3}}\n"
+    )
+    assert quickstart(str(recipe), str(tmp_path / "texts"), ["run_name=mine", "seed=3"]) == 0
+    said = capfd.readouterr().out
+    assert "Validation loss" in said
+    assert "Unigram entropy" in said
+    assert "A sample:\n\nReturns a new" in said
+    assert "The run is in runs/mine" in said
+    assert (tmp_path / "runs" / "mine" / "checkpoints" / "latest-rank0.pt").exists()
