@@ -21,8 +21,9 @@ INSTALL_REQUIRES = [
     "pyyaml>=6,<7",
     "numpy>=1.26,<2.2",
     "pyarrow>=15",
+    "boto3>=1.21.45,<2",
+    "datasets>=2.14,<5",
     "xxhash>=3,<4",
-    "zstandard>=0.22",
     "tqdm>=4.64",
     "typer>=0.12",
 ]

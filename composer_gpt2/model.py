@@ -241,7 +241,13 @@ def _load_tokenizer(name: str | None) -> PreTrainedTokenizerFast | None:
 
 
 def _load_hugging_face(source: str, *, local_files_only: bool) -> GPT2LMHeadModel:
-    config = GPT2Config.from_pretrained(source, local_files_only=local_files_only)
+    try:
+        config = GPT2Config.from_pretrained(source, local_files_only=local_files_only)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{source!r} must be a file or folder here with trained weights, or a model on the "
+            f"Hugging Face hub, got neither ({str(error).splitlines()[0]}); check the path."
+        ) from error
     if config.model_type != "gpt2":
         raise ValueError(f"{source} must hold a GPT-2, got model_type {config.model_type!r}.")
     return GPT2LMHeadModel.from_pretrained(source, config=config, local_files_only=local_files_only)

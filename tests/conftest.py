@@ -65,7 +65,7 @@ def tiny_corpus(tmp_path_factory) -> str:
     from composer_gpt2.data.preparation import prepare
 
     folder = tmp_path_factory.mktemp("tiny")
-    words = "zero one two three four five six seven eight nine".split()
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
     documents = [
         " ".join(words[int(digit)] for number in range(start, start + 20) for digit in str(number))
         for start in range(1_000, 5_000, 10)

@@ -278,6 +278,11 @@ def test_a_path_that_does_not_exist_is_named(path):
         GPT2Model.from_pretrained(path)
 
 
+def test_a_path_that_looks_like_a_hub_id_is_named():
+    with pytest.raises(FileNotFoundError, match="'runs/nothere' must be a file or folder here"):
+        GPT2Model.from_pretrained("runs/nothere")
+
+
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
     torch.save({"weights": torch.ones(3)}, tmp_path / "other.pt")
     (tmp_path / "text.pt").write_text("hello")

@@ -31,7 +31,7 @@ def get_config(name: str, **overrides: Any) -> GPT2Config:
             ``attn_pdrop``, ``embd_pdrop`` and ``resid_pdrop`` at once.
 
     Returns:
-        A fresh configuration: vocabulary 50,257, ``<|endoftext|>`` at both ends.
+        A fresh configuration, with a vocabulary of 50,257 unless overridden.
 
     Raises:
         ValueError: The name is not in the family, an override is no setting of GPT-2, or
@@ -66,8 +66,8 @@ def get_config(name: str, **overrides: Any) -> GPT2Config:
 
 @functools.cache
 def _table() -> dict[str, dict[str, Any]]:
-    text = resources.files("composer_gpt2.configs").joinpath("family.yaml").read_text(encoding="utf-8")
-    return yaml.safe_load(text)
+    file = resources.files("composer_gpt2.configs").joinpath("family.yaml")
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
 
 
 def _nearest(name: str, known: Any) -> str:
