@@ -130,7 +130,7 @@ class Data(_Section):
     streams: dict[str, Stream] = Field(default_factory=dict)
     """Several corpora by name. Either this or ``remote``."""
     local: str | None = None
-    """Folder for copies of shards. Default: one below ``$COMPOSER_GPT2_CACHE``; none for a folder."""
+    """Folder for copies of shards. Default: below ``$COMPOSER_GPT2_CACHE``; none for a folder."""
     train_split: str = "train"
     """Folder below remote with the training shards."""
     validation_split: str | None = "validation"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 
 from composer.core import Time
@@ -23,6 +24,7 @@ __all__ = ["main", "train"]
 
 _USER_ERROR = 2  # exit statuses: as argparse has it,
 _DATA_ERROR = 1  # and as after any other failure
+_SECONDS_FOR_RANK_0 = 20.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         train(load_recipe(arguments.file, arguments.overrides))
     except (RecipeError, ShardError) as error:
-        _say(f"{type(error).__name__}: {error}")
+        # All ranks end up here together. The launcher shows rank 0 and kills it as soon as another
+        # one has failed, so the others let it speak first; what only they know they say later.
+        if dist.get_global_rank() != 0:
+            time.sleep(_SECONDS_FOR_RANK_0)
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return _USER_ERROR if isinstance(error, RecipeError) else _DATA_ERROR
     return 0
 

@@ -311,6 +311,18 @@ def test_a_truncated_original_is_an_error(corpus):
         read(dataset)
 
 
+def test_a_failure_ahead_of_a_slow_reader_is_an_error(corpus):
+    (corpus / "train/shard.00003.mds").unlink()
+    dataset = StreamingTokens(
+        remote=str(corpus), sequence_length=T, batch_size=4, predownload=N_SAMPLES
+    )
+    batches = iter(build_token_dataloader(dataset))
+    next(batches)
+    time.sleep(1)  # the thread that reads ahead has failed by now
+    with pytest.raises(ShardError, match=r"shard\.00003\.mds must exist"):
+        list(batches)
+
+
 def test_after_a_failure_the_dataset_says_so_again(corpus):
     (corpus / "train/shard.00003.mds").unlink()
     dataset = StreamingTokens(remote=str(corpus), sequence_length=T, batch_size=4)
