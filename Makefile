@@ -27,7 +27,7 @@ define install
 	    f"Python 3.10 to 3.12 is needed, this is {sys.version}; set PYTHON=python3.11"'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv \
-	    && UV_LINK_MODE=copy $(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".[$(1)]" \
+	    && $(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".[$(1)]" \
 	    || $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(1)]"
 	@touch $@
 endef

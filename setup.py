@@ -23,9 +23,11 @@ INSTALL_REQUIRES = [
     "pyarrow>=15",
     "boto3>=1.21.45,<2",
     "datasets>=2.14,<5",
+    "filelock>=3",
     "xxhash>=3,<4",
     "tqdm>=4.64",
     "typer>=0.12",
+    "typing-extensions>=4",
 ]
 
 LOCAL_S3 = ["moto[server,s3]>=5"]  # the S3 server of `make train` and of the tests

@@ -257,8 +257,8 @@ def test_a_run_without_a_name_gets_one(load, tmp_path, monkeypatch):
     [
         (["device_train_microbatch_size=auto"], "device_train_microbatch_size .*got 'auto'"),
         (["precision=amp_fp16"], "precision .*got 'amp_fp16'"),
-        (["data.remote=/no/such/corpus"], "data .*/no/such/corpus"),
-        (["data.sequence_length=32"], "data .*sequence_length"),
+        (["data.remote=/no/such/corpus"], "data: .*/no/such/corpus"),
+        (["data.sequence_length=32"], "data: .*sequence_length"),
     ],
 )
 def test_what_cannot_run_here_is_refused(load, overrides, message):
@@ -283,7 +283,7 @@ def test_a_run_does_not_overwrite_another_of_its_name(load, tmp_path):
     trainer = build_trainer(load(*save))
     trainer.fit()
     trainer.close()
-    with pytest.raises(RecipeError, match=r"run_name must be new, but .* autoresume=true"):
+    with pytest.raises(RecipeError, match=r"run_name must be new, but .*autoresume=true"):
         build_trainer(load(*save))
     check = build.check_for_this_machine
     for way_on in ("autoresume=true", "save_overwrite=true", "run_name=other"):

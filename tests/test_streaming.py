@@ -316,11 +316,10 @@ def test_a_failure_ahead_of_a_slow_reader_is_an_error(corpus):
     dataset = StreamingTokens(
         remote=str(corpus), sequence_length=T, batch_size=4, predownload=N_SAMPLES
     )
-    batches = iter(build_token_dataloader(dataset))
-    next(batches)
-    time.sleep(1)  # the thread that reads ahead has failed by now
+    # Between two batches the thread that reads ahead fails, before the reader comes to the shard.
+    slowly = (time.sleep(0.3) for _ in build_token_dataloader(dataset))
     with pytest.raises(ShardError, match=r"shard\.00003\.mds must exist"):
-        list(batches)
+        list(slowly)
 
 
 def test_after_a_failure_the_dataset_says_so_again(corpus):
