@@ -6,9 +6,11 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 # `make train` on your own: RECIPE=yamls/gpt2-125m.yaml DATA=corpus.jsonl (a file, folder or glob to
-# prepare, or a prepared folder or s3://bucket/prefix), ARGS="max_duration=100ba" (dotlist).
+# prepare, or a prepared folder or s3://bucket/prefix), PREPARE="--validation-fraction 0.1" (how to
+# prepare it), ARGS="max_duration=100ba" (dotlist).
 RECIPE ?= yamls/quickstart.yaml
 DATA   ?=
+PREPARE ?=
 ARGS   ?=
 WORKERS ?= 2
 
@@ -17,6 +19,7 @@ WORKERS ?= 2
 help:
 	@echo "make train   set up, then train a GPT-2 from streamed text and sample from it"
 	@echo "             RECIPE=yamls/... DATA=my.jsonl ARGS='optimizer.adamw.lr=3.0e-4' for your own"
+	@echo "             DATA=my.txt PREPARE=\"--split-on '\\\\n\\\\n' --validation-fraction 0.1\" for one text file"
 	@echo "make test    set up, then run the linters and the whole test suite"
 	@echo "make docs    set up, then build the documentation into docs/_build/html"
 	@echo "make clean   remove what the above made, except runs/"
@@ -42,7 +45,7 @@ $(VENV)/.installed-docs: setup.py pyproject.toml | $(VENV)/.installed
 install: $(VENV)/.installed
 
 train: $(VENV)/.installed
-	@$(BIN)/composer-gpt2 quickstart --recipe "$(RECIPE)" $(if $(DATA),--data "$(DATA)") -- $(ARGS)
+	@$(BIN)/composer-gpt2 quickstart --recipe "$(RECIPE)" $(if $(DATA),--data "$(DATA)") $(PREPARE) -- $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

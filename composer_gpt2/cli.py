@@ -76,7 +76,7 @@ def prepare_command(
         out,
         sequence_length=sequence_length,
         text_field=text_field,
-        split_on=split_on and split_on.replace(r"\n", "\n"),
+        split_on=_new_lines(split_on),
         validation_fraction=validation_fraction,
         compression=compression,
         shard_size_limit=shard_size_limit,
@@ -146,6 +146,13 @@ def quickstart_command(
             "documentation inside Python and installed packages."
         ),
     ] = None,
+    split_on: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help=r"As for prepare: \n\n makes each paragraph of a .txt a document."),
+    ] = None,
+    validation_fraction: Annotated[
+        float, typer.Option(help="Share of the documents to evaluate on.")
+    ] = 0.03,
     overrides: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Argument(help="Single settings of the recipe: key=value."),
@@ -154,4 +161,16 @@ def quickstart_command(
     """Train on text at hand, streamed from a local S3 server, and show what came of it."""
     from composer_gpt2.quickstart import quickstart
 
-    sys.exit(quickstart(str(recipe), data, overrides or []))
+    status = quickstart(
+        str(recipe),
+        data,
+        overrides or [],
+        split_on=_new_lines(split_on),
+        validation_fraction=validation_fraction,
+    )
+    sys.exit(status)
+
+
+def _new_lines(split_on: str | None) -> str | None:
+    r"""``\n`` as a shell passes it on."""
+    return split_on and split_on.replace(r"\n", "\n")

@@ -34,12 +34,18 @@ __all__ = ["quickstart", "unigram_entropy"]
 
 _FOLDER = Path("runs/quickstart")
 _REMOTE = "s3://quickstart/corpus"
-_VALIDATION_FRACTION = 0.03  # of the documents: enough tokens for a loss with two sure digits
 _PROMPT = "Returns a new"
 _SAMPLE_TOKENS = 120
 
 
-def quickstart(recipe_file: str, data: str | None, overrides: Sequence[str]) -> int:
+def quickstart(
+    recipe_file: str,
+    data: str | None,
+    overrides: Sequence[str],
+    *,
+    split_on: str | None = None,
+    validation_fraction: float = 0.03,
+) -> int:
     """Trains a recipe on text at hand and says what came of it.
 
     Args:
@@ -48,6 +54,9 @@ def quickstart(recipe_file: str, data: str | None, overrides: Sequence[str]) -> 
             ``corpus.json``, or an address in an object store), or ``None`` for the documentation on
             this machine.
         overrides: As for ``run.py``.
+        split_on: As for :func:`composer_gpt2.data.preparation.prepare`.
+        validation_fraction: The same. The default leaves enough of the documentation to evaluate on
+            for a loss with two sure digits.
 
     Returns:
         The exit status of the training run.
@@ -70,7 +79,11 @@ def quickstart(recipe_file: str, data: str | None, overrides: Sequence[str]) -> 
 
     with contextlib.ExitStack() as stack:
         environment = dict(os.environ)
-        corpus = None if remote is not None else _local_corpus(data, recipe)
+        corpus = (
+            None
+            if remote is not None
+            else _local_corpus(data, recipe, split_on, validation_fraction)
+        )
         if corpus is not None:
             server = stack.enter_context(local_s3_server())
             _upload(corpus, server)
@@ -113,7 +126,9 @@ def unigram_entropy(split_folder: Path) -> float:
     return float(-(probabilities * np.log(probabilities)).sum())
 
 
-def _local_corpus(data: str | None, recipe: Recipe) -> Path:
+def _local_corpus(
+    data: str | None, recipe: Recipe, split_on: str | None, validation_fraction: float
+) -> Path:
     """A folder with a prepared corpus: ``data`` itself, or what is prepared from it."""
     if data is not None and (Path(data) / "corpus.json").is_file():
         return Path(data)
@@ -124,7 +139,8 @@ def _local_corpus(data: str | None, recipe: Recipe) -> Path:
         [source],
         str(corpus),
         sequence_length=recipe.data.sequence_length,
-        validation_fraction=_VALIDATION_FRACTION,
+        split_on=split_on,
+        validation_fraction=validation_fraction,
         overwrite=True,
     )
     _say(summarize(description))

@@ -4,6 +4,7 @@ import json
 import math
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import pytest
 from streaming import LocalDataset
@@ -28,8 +29,6 @@ def test_the_corpus_has_the_promised_size(tmp_path):
 
 
 def test_unigram_entropy_is_that_of_the_tokens(tiny_corpus, tmp_path):
-    from pathlib import Path
-
     train = Path(tiny_corpus) / "train"
     tokens = [int(t) for sample in LocalDataset(local=str(train)) for t in sample["tokens"]]
     n = len(tokens)
@@ -39,23 +38,19 @@ def test_unigram_entropy_is_that_of_the_tokens(tiny_corpus, tmp_path):
 
 def test_ones_own_text_and_settings_go_the_whole_way(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.txt").write_text(
-        "\n".join(f"{i} bottles of beer on the wall, {i} bottles of beer." for i in range(3_000))
-    )
-    for part in range(40):  # a file is a document
-        (tmp_path / "texts").mkdir(exist_ok=True)
-        (tmp_path / "texts" / f"{part}.txt").write_text(
-            "\n".join(f"{i} bottles of beer on the wall." for i in range(part * 50, part * 50 + 50))
-        )
+    text = tmp_path / "mine.txt"
+    verses = (f"{i} bottles of beer on the wall.\nTake one down." for i in range(2_000))
+    text.write_text("\n\n".join(verses))
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(
         "model: {name: gpt2-tiny, n_embd: 32}\n"
         "data: {sequence_length: 64}\n"
         "train_batch_size: 8\n"
         "max_duration: 4ba\n"
-        "optimizer: {adamw: {lr: 1.0e-3}}\n"
+        "optimizer: {adamw: {lr: 1.0e-3, weight_decay: 0.1}}\n"
     )
-    assert quickstart(str(recipe), str(tmp_path / "texts"), ["run_name=mine", "seed=3"]) == 0
+    settings = ["run_name=mine", "seed=3"]
+    assert quickstart(str(recipe), str(text), settings, split_on="\n\n") == 0
     said = capfd.readouterr().out
     assert "Validation loss" in said
     assert "Unigram entropy" in said

@@ -64,6 +64,8 @@ for first, reader in zip(firsts, readers):
     except ShardError as caught:
         error, failed = str(caught), True
     print(json.dumps([batches, error, time.monotonic() - begin]), flush=True)
+if failed:
+    time.sleep(2)  # on a busy machine the other rank is still in the barrier that we have left
 sys.exit(3 if failed else 0)
 """
 
