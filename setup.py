@@ -23,9 +23,13 @@ INSTALL_REQUIRES = [
     "pyarrow>=15",
     "boto3>=1.21.45,<2",
     "datasets>=2.14,<5",
+    "botocore>=1.24",
     "filelock>=3",
+    "huggingface-hub>=0.21,<0.34",
     "xxhash>=3,<4",
     "tqdm>=4.64",
+    "tokenizers>=0.21,<0.22",
+    "torchmetrics>=1.0,<1.7.5",
     "typer>=0.12",
     "typing-extensions>=4",
 ]

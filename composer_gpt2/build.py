@@ -58,17 +58,20 @@ def build_trainer(recipe: Recipe) -> Trainer:
     dist.initialize_dist(device, recipe.dist_timeout)
     recipe = _name_run(recipe)
 
-    reproducibility.seed_all(recipe.seed)  # before the model, so that ranks begin with one
+    # The corpus first: what is wrong with it is known in seconds, a model can take minutes.
+    train_dataloader = build_dataloader(recipe, recipe.data.train_split)
+    evaluator = _build_evaluator(recipe)
+    reproducibility.seed_all(recipe.seed)  # so that all ranks begin with one model
     model = build_model(recipe, on_cpu=on_cpu)
     progress_bar = recipe.progress_bar and sys.stderr.isatty()
     trainer = Trainer(
         model=model,
-        train_dataloader=build_dataloader(recipe, recipe.data.train_split),
+        train_dataloader=train_dataloader,
         optimizers=build_optimizer(recipe, model),
         schedulers=_build_all("schedulers", recipe.schedulers),
         algorithms=_build_all("algorithms", recipe.algorithms),
         max_duration=recipe.max_duration,
-        eval_dataloader=_build_evaluator(recipe),
+        eval_dataloader=evaluator,
         callbacks=cast(
             "list[Callback]",
             [
@@ -105,6 +108,8 @@ def build_model(recipe: Recipe, *, on_cpu: bool) -> GPT2Model:
     """The recipe's model, freshly initialised; on a CPU it brings its own bfloat16 autocast."""
     return GPT2Model.from_name(
         recipe.model.name,
+        # Unchecked shards may have another tokenizer, and bits per byte would be wrong then.
+        tokenizer_name="gpt2" if recipe.data.check_tokenizer else None,
         cpu_precision="amp_bf16" if on_cpu and recipe.precision == "amp_bf16" else "fp32",
         **recipe.model.config_overrides,
     )
@@ -223,12 +228,20 @@ def _name_run(recipe: Recipe) -> Recipe:
 def _build_evaluator(recipe: Recipe) -> Evaluator | None:
     if recipe.data.validation_split is None:
         return None
+    metric_names = ["LanguageCrossEntropy", "LanguagePerplexity"]
+    if recipe.data.check_tokenizer:
+        metric_names.append("BitsPerByte")
+    microbatch_size = recipe.device_train_microbatch_size  # what fits in training fits here
+    if isinstance(microbatch_size, int):
+        assert recipe.eval_batch_size is not None
+        microbatch_size = min(microbatch_size, recipe.eval_batch_size // dist.get_world_size())
     return Evaluator(
         label="eval",
         dataloader=build_dataloader(recipe, recipe.data.validation_split),
-        metric_names=["LanguageCrossEntropy", "LanguagePerplexity", "BitsPerByte"],
+        metric_names=metric_names,
         eval_interval=recipe.eval_interval or "1dur",
         subset_num_batches=recipe.eval_subset_num_batches,
+        device_eval_microbatch_size=microbatch_size,
     )
 
 

@@ -121,11 +121,14 @@ def generate_command(
     ] = None,
 ) -> None:
     """Continue a prompt with a trained model."""
+    import torch
+
     from composer_gpt2.generate import find_checkpoint, generate
     from composer_gpt2.model import GPT2Model
 
+    model = GPT2Model.from_pretrained(find_checkpoint(checkpoint))
     texts = generate(
-        GPT2Model.from_pretrained(find_checkpoint(checkpoint)),
+        model.cuda() if torch.cuda.is_available() else model,
         prompt,
         max_new_tokens=max_new_tokens,
         n_samples=n_samples,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import transformers
 import yaml
 
 from composer_gpt2.model import GPT2Model
@@ -33,7 +32,7 @@ def generate(
         n_samples: Continuations, drawn independently.
         temperature: Logits are divided by it; 0 takes the likeliest token each time.
         top_k: Only the ``k`` likeliest tokens are drawn; ``None`` for all.
-        seed: Makes the samples repeatable on one machine; the global generator is left as it was.
+        seed: Makes the samples repeatable on one machine; torch's generators are left as they were.
 
     Returns:
         ``n_samples`` texts, each with the prompt in front.
@@ -57,15 +56,18 @@ def generate(
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0}
     device = next(model.parameters()).device
     was_training = model.training
-    with torch.random.fork_rng(), torch.inference_mode():
-        if seed is not None:
-            transformers.set_seed(seed)
-        outputs = model.eval().generate(
-            torch.tensor([ids] * n_samples, device=device),
-            max_new_tokens=max_new_tokens,
-            **(sampling if temperature > 0 else {"do_sample": False}),
-        )
-    model.train(was_training)
+    forked = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(forked), torch.inference_mode():
+            if seed is not None:
+                torch.manual_seed(seed)
+            outputs = model.eval().generate(
+                torch.tensor([ids] * n_samples, device=device),
+                max_new_tokens=max_new_tokens,
+                **(sampling if temperature > 0 else {"do_sample": False}),
+            )
+    finally:
+        model.train(was_training)
     return get_tokenizer().batch_decode(outputs[:, 1:], skip_special_tokens=True)
 
 

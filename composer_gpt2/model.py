@@ -144,7 +144,8 @@ class GPT2Model(HuggingFaceModel):
         """A model with trained weights, in evaluation mode.
 
         What exists on disk is read from disk, and the network is not asked. Only a name that is no
-        path goes to the Hugging Face hub (or to its cache, with ``HF_HUB_OFFLINE=1``).
+        path, nor a path into a folder that is there, goes to the Hugging Face hub (or, with
+        ``HF_HUB_OFFLINE=1``, to its cache).
 
         Args:
             path_or_hub_id: A Composer checkpoint (a ``.pt`` file or its ``s3://`` address), a
@@ -167,7 +168,7 @@ class GPT2Model(HuggingFaceModel):
             module = _load_composer_checkpoint(Path(source))
         elif Path(source).is_dir():
             module = _load_hugging_face(source, local_files_only=True)
-        elif _HUB_ID.fullmatch(source):
+        elif _HUB_ID.fullmatch(source) and not ("/" in source and Path(source).parent.is_dir()):
             module = _load_hugging_face(source, local_files_only=False)
         else:
             raise FileNotFoundError(

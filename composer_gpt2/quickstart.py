@@ -22,12 +22,13 @@ import numpy as np
 import torch
 from streaming import LocalDataset
 
+from composer_gpt2.build import check_for_this_machine
 from composer_gpt2.data.local_s3 import LocalS3, local_s3_server
 from composer_gpt2.data.preparation import prepare, summarize
 from composer_gpt2.documentation import write_documentation
 from composer_gpt2.generate import find_checkpoint, generate
 from composer_gpt2.model import GPT2Model
-from composer_gpt2.recipe import Recipe, load_recipe
+from composer_gpt2.recipe import Recipe, RecipeError, load_recipe
 from composer_gpt2.tokenizer import VOCAB_SIZE
 
 __all__ = ["quickstart", "unigram_entropy"]
@@ -70,9 +71,16 @@ def quickstart(
     # Mistakes in the recipe are told before minutes of work.
     address = f"data.remote={remote or _REMOTE}"
     recipe = load_recipe([recipe_file], [address, *overrides])
+    for key in ("save_folder", "load_path"):
+        if remote is None and "://" in (getattr(recipe, key) or ""):
+            raise ValueError(
+                f"{key} must be a folder when the text comes from a local S3 server, which takes "
+                f"the place of any other for the run, got {getattr(recipe, key)}; prepare the text "
+                "yourself (composer-gpt2 prepare) and give its address as data."
+            )
     run_name = recipe.run_name or f"{recipe.model.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     command = [
-        *_launcher(),
+        *_launcher(recipe),
         *("-f", recipe_file, address, *overrides, f"run_name={run_name}"),
     ]
     run_folder = Path(recipe.with_run_name(run_name).run_folder or "")
@@ -101,6 +109,8 @@ def quickstart(
         _say(f"Unigram entropy {entropy:.3f} nats a token: a model that knows no context")
     checkpoint = find_checkpoint(str(run_folder))
     model = GPT2Model.from_pretrained(checkpoint)
+    if torch.cuda.is_available():
+        model.cuda()
     n_tokens = min(_SAMPLE_TOKENS, recipe.data.sequence_length // 2)
     (text,) = generate(model, _PROMPT, max_new_tokens=n_tokens, top_k=50, seed=recipe.seed)
     _say(f"A sample:\n\n{text}\n")
@@ -156,12 +166,27 @@ def _upload(corpus: Path, server: LocalS3) -> None:
         client.upload_file(str(file), bucket, f"{prefix}/{file.relative_to(corpus).as_posix()}")
 
 
-def _launcher() -> list[str]:
-    """``composer -n N run.py``: a rank for each GPU; without one, two if there are two cores."""
-    n_ranks = torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0)))
+def _launcher(recipe: Recipe) -> list[str]:
+    """``composer -n N run.py``: a rank for each GPU, without one for each of up to two cores.
+
+    Fewer, where the batches cannot be shared out evenly among so many.
+    """
+    n_gpus = 0 if recipe.device == "cpu" else torch.cuda.device_count()
+    most = n_gpus or min(2, len(os.sched_getaffinity(0)))
+    n_ranks = max(n for n in range(1, most + 1) if _fits(recipe, n, on_cpu=not n_gpus))
     script = Path(__file__).parent.with_name("run.py")
     program = [str(script)] if script.exists() else ["-m", "composer_gpt2.train"]
     return [str(Path(sys.executable).with_name("composer")), "-n", str(n_ranks), *program]
+
+
+def _fits(recipe: Recipe, n_ranks: int, *, on_cpu: bool) -> bool:
+    if n_ranks == 1:
+        return True  # what is wrong with one rank, the run itself will say
+    try:
+        check_for_this_machine(recipe, n_ranks=n_ranks, on_cpu=on_cpu)
+    except RecipeError:
+        return False
+    return True
 
 
 def _say(text: str) -> None:

@@ -46,7 +46,8 @@ def write_run_folder(recipe: Recipe, n_ranks: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     command = ["composer", "-n", str(n_ranks), *sys.argv]
-    (folder / "command.txt").write_text(shlex.join(command) + "\n", encoding="utf-8")
+    with (folder / "command.txt").open("a", encoding="utf-8") as file:  # a resumed run has several
+        file.write(shlex.join(command) + "\n")
     (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
     return folder
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 
@@ -39,9 +42,10 @@ def test_one_candidate_is_greedy(model):
 
 def test_sampling_leaves_no_trace(model):
     model.train()
-    state = torch.get_rng_state()
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     generate(model, "", max_new_tokens=3, seed=5)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
     assert model.training
 
 

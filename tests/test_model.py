@@ -279,8 +279,15 @@ def test_a_path_that_does_not_exist_is_named(path):
 
 
 def test_a_path_that_looks_like_a_hub_id_is_named():
-    with pytest.raises(FileNotFoundError, match="'runs/nothere' must be a file or folder here"):
-        GPT2Model.from_pretrained("runs/nothere")
+    with pytest.raises(FileNotFoundError, match="'owner/nothere' must be a file or folder here"):
+        GPT2Model.from_pretrained("owner/nothere")
+
+
+def test_a_mistyped_path_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(FileNotFoundError, match="'runs/frist', which does not exist"):
+        GPT2Model.from_pretrained("runs/frist")
 
 
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path):

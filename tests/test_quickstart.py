@@ -7,10 +7,12 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
 from streaming import LocalDataset
 
 from composer_gpt2.documentation import read_documentation, write_documentation
-from composer_gpt2.quickstart import quickstart, unigram_entropy
+from composer_gpt2.quickstart import _launcher, quickstart, unigram_entropy
+from composer_gpt2.recipe import load_recipe
 
 
 def test_the_documentation_is_the_same_each_time_and_is_prose():
@@ -34,6 +36,22 @@ def test_unigram_entropy_is_that_of_the_tokens(tiny_corpus, tmp_path):
     n = len(tokens)
     expected = -sum(c / n * math.log(c / n) for c in Counter(tokens).values())
     assert unigram_entropy(train) == pytest.approx(expected, rel=1e-9)
+
+
+def test_checkpoints_are_not_saved_to_a_server_that_goes_away(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = str(Path(__file__).parent.parent / "yamls" / "quickstart.yaml")
+    with pytest.raises(ValueError, match=r"save_folder must be a folder .* got s3://mine/run"):
+        quickstart(recipe, None, ["save_folder=s3://mine/run"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_ranks_are_as_many_as_share_the_batches_evenly(monkeypatch):
+    recipe = load_recipe(["quickstart.yaml"])  # 16 sequences a batch
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 7)
+    assert _launcher(recipe)[2] == "4"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 64)
+    assert _launcher(recipe)[2] == "16"
 
 
 def test_ones_own_text_and_settings_go_the_whole_way(tmp_path, monkeypatch, capfd):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,14 +34,14 @@ def launch(n_ranks, *arguments, program="run.py", cwd=ROOT, timeout=300):
 
 @pytest.fixture
 def s3_corpus(s3_bucket, tmp_path) -> str:
-    """128-token samples for yamls/smoke.yaml, prepared straight into a bucket."""
+    """256-token samples for yamls/smoke.yaml, prepared straight into a bucket."""
     source = tmp_path / "corpus.jsonl"
     with source.open("w") as file:
         for start in range(0, 40_000, 100):
             text = " ".join(str(number) for number in range(start, start + 100))
             file.write(json.dumps({"text": text}) + "\n")
     remote = f"s3://{s3_bucket}/corpus"
-    prepare([str(source)], remote, sequence_length=128, validation_fraction=0.05, progress=False)
+    prepare([str(source)], remote, sequence_length=256, validation_fraction=0.05, progress=False)
     return remote
 
 
@@ -61,7 +62,7 @@ def test_two_ranks_train_from_s3_and_the_checkpoint_in_s3_generates(
     assert "Traceback" not in said
     assert "leaked shared_memory" not in said
     metrics = json.loads((tmp_path / "runs" / "smoke" / "metrics.json").read_text())
-    assert metrics["tokens"] == 8 * 8 * 128
+    assert metrics["tokens"] == 8 * 8 * 256
     assert metrics["eval"]["LanguageCrossEntropy"] < 10.5  # it began at 10.8
 
     from composer_gpt2 import cli
@@ -122,6 +123,24 @@ def test_two_ranks_give_the_loss_of_one(tiny_corpus, tmp_path):
     assert len(losses[1]) == 5
     assert losses[1][-1] < losses[1][0] - 0.5
     assert losses[2] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_a_shard_lost_in_mid_run_is_one_message_on_all_ranks(tiny_corpus, tmp_path):
+    corpus = tmp_path / "corpus"
+    shutil.copytree(tiny_corpus, corpus)
+    (shard,) = (corpus / "train").glob("shard.*")
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    status, said = launch(
+        2,
+        *("-f", ROOT / "yamls" / "smoke.yaml", f"data.remote={corpus}"),
+        "data.sequence_length=64",
+        cwd=tmp_path,
+    )
+    assert status == 1, said
+    assert f"ShardError: Shard {shard} must be what index.json says" in said
+    assert "Traceback" not in said
 
 
 def test_mistakes_are_one_message_and_nothing_is_trained(tmp_path):

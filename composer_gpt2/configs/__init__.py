@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from composer_gpt2.arguments import nearest
+
 if TYPE_CHECKING:
     from transformers import GPT2Config
 
 __all__ = ["family", "get_config"]
+
+_ATTENTION = ("sdpa", "eager", "flash_attention_2")  # that transformers has for GPT-2
 
 
 def family() -> tuple[str, ...]:
@@ -41,8 +44,8 @@ def get_config(name: str, **overrides: Any) -> GPT2Config:
 
     if name not in _table():
         raise ValueError(
-            f"model name must be one of the family's, got {name!r}"
-            f"{_nearest(name, _table())}. The family: {', '.join(_table())}."
+            f"model name must be one of the family's, got {name!r}{nearest(name, _table())}; "
+            f"there are: {', '.join(_table())}."
         )
     settings = {**_table()[name], **overrides}
     if "dropout" in settings:
@@ -53,9 +56,20 @@ def get_config(name: str, **overrides: Any) -> GPT2Config:
         if key not in known:
             raise ValueError(
                 f"settings of {name} must be arguments of transformers.GPT2Config, got {key!r}"
-                f"{_nearest(key, known)}."
+                f"{nearest(key, known)}."
             )
     config = GPT2Config(**settings)
+    attention = settings.get("attn_implementation", "sdpa")
+    if attention not in _ATTENTION:
+        raise ValueError(
+            f"attn_implementation must be one of {', '.join(_ATTENTION)}, got {attention!r}"
+            f"{nearest(attention, _ATTENTION)}."
+        )
+    if config.add_cross_attention or config.is_encoder_decoder:
+        raise ValueError(
+            "GPT-2 here is a decoder alone: add_cross_attention and is_encoder_decoder must be "
+            "false, got true."
+        )
     if config.n_embd % config.n_head:
         raise ValueError(
             f"n_embd must be a multiple of n_head, got n_embd={config.n_embd} and "
@@ -68,9 +82,3 @@ def get_config(name: str, **overrides: Any) -> GPT2Config:
 def _table() -> dict[str, dict[str, Any]]:
     file = resources.files("composer_gpt2.configs").joinpath("family.yaml")
     return yaml.safe_load(file.read_text(encoding="utf-8"))
-
-
-def _nearest(name: str, known: Any) -> str:
-    """``" (did you mean 'x'?)"``, or nothing where no known name resembles ``name``."""
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
