@@ -286,8 +286,8 @@ def test_a_path_that_looks_like_a_hub_id_is_named():
 def test_a_mistyped_path_is_not_asked_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    with pytest.raises(FileNotFoundError, match="'runs/frist', which does not exist"):
-        GPT2Model.from_pretrained("runs/frist")
+    with pytest.raises(FileNotFoundError, match="'runs/nowhere', which does not exist"):
+        GPT2Model.from_pretrained("runs/nowhere")
 
 
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path):

@@ -17,6 +17,7 @@ from streaming import MDSWriter, StreamingDataset
 from streaming.base.util import clean_stale_shared_memory
 
 from composer_gpt2.data import prepare
+from composer_gpt2.data.local_s3 import local_s3_server
 from composer_gpt2.data.object_store import open_store
 from composer_gpt2.data.preparation import BadDocumentError, summarize
 from composer_gpt2.tokenizer import END_OF_TEXT, get_encoding, get_tokenizer
@@ -590,3 +591,15 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
         used.append(int(result.stdout) / 1024)  # MiB
     small, large = used
     assert large < small + 12, f"{small:.0f} MiB for 4 MB of text, {large:.0f} MiB for 32 MB"
+
+
+def test_a_store_that_goes_away_is_one_error_that_says_how_to_go_on(monkeypatch):
+    with local_s3_server() as server:
+        for variable, value in server.environment.items():
+            monkeypatch.setenv(variable, value)
+        server.create_bucket("soon-gone")
+        with open_store("s3://soon-gone/corpus") as store:
+            store.put_bytes("first", b"1")
+            server.stop()
+            with pytest.raises(ConnectionError, match="start the same command again"):
+                store.put_bytes("second", b"2")

@@ -21,7 +21,12 @@ from urllib.parse import urlparse
 
 from typing_extensions import Self
 
+from composer_gpt2.data.download import download
+
 __all__ = ["ObjectStore", "check_bucket", "open_store"]
+
+_RETRIES = 4
+_TIMEOUT_SECONDS = 60.0
 
 
 def open_store(url: str) -> ObjectStore:
@@ -213,25 +218,37 @@ class _Folder(ObjectStore):
 
 class _Bucket(ObjectStore):
     def __init__(self, url: str) -> None:
-        from streaming.base.storage import CloudDownloader, CloudUploader
+        from streaming.base.storage import CloudUploader
 
         self.url = url.rstrip("/")
         self._temporary = tempfile.TemporaryDirectory(prefix="composer-gpt2-")
         self.work_dir = Path(self._temporary.name)
-        self._uploader: Any = CloudUploader.get((str(self.work_dir), self.url), retry=4)
-        self._downloader = CloudDownloader.get(self.url)
+        self._uploader: Any = CloudUploader.get((str(self.work_dir), self.url), retry=_RETRIES)
 
     def start_writing(self) -> None:
         pass  # object stores have no locks; the temporary folder is new
 
     def put(self, name: str) -> None:
-        self._uploader.upload_file(name)
+        try:
+            self._uploader.upload_file(name)
+        except OSError:
+            raise
+        except Exception as error:  # every store has exceptions of its own
+            raise ConnectionError(
+                f"{name} must be stored in {self.url}, but after several attempts the store says: "
+                f"{error}; start the same command again to go on from here."
+            ) from error
 
     @contextmanager
     def local_copy(self, name: str) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="composer-gpt2-") as folder:
             path = Path(folder, Path(name).name)
-            self._downloader.download(f"{self.url}/{name}", str(path))
+            download(
+                f"{self.url}/{name}",
+                str(path),
+                retries=_RETRIES,
+                timeout_seconds=_TIMEOUT_SECONDS,
+            )
             yield path
 
     def names(self) -> set[str]:
