@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import shutil
 import site
 import subprocess
 import sys
 import venv
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -71,6 +74,30 @@ def pip(*arguments):
         check=True,
         capture_output=True,
     )
+
+
+def test_every_package_that_is_imported_is_declared():
+    declared = {
+        re.split(r"[ \[<>=!;~]", requirement)[0].lower().replace("_", "-")
+        for requirement in metadata.requires("composer-gpt2") or []
+    }
+    owners = metadata.packages_distributions()
+    indirect = {"werkzeug"}  # moto[server] is one
+    imported = set()
+    for file in (ROOT / "composer_gpt2").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.split(".")[0])
+    others = imported - sys.stdlib_module_names - {"composer_gpt2", "algorithms"} - indirect
+    assert len(others) > 10
+    undeclared = {
+        name
+        for name in others
+        if not declared & {owner.lower().replace("_", "-") for owner in owners[name]}
+    }
+    assert not undeclared
 
 
 def test_the_wheel_holds_what_runs_need_and_works_in_an_empty_environment(
