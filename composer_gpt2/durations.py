@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 __all__ = ["UNITS", "Duration", "parse_duration"]
 
+# Not Composer's `iter`: its Trainer has no argument that makes an iteration end, so such a time
+# would never come.
 UNITS = {
     "ba": "batches",
     "tok": "tokens",

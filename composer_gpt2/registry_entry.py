@@ -85,7 +85,9 @@ class Entry:
             arguments: Values as YAML has them.
         """
         if self.requires is not None and importlib.util.find_spec(self.requires) is None:
-            message = f"needs the package {self.requires}; run: pip install {self.requires}"
+            # Through Composer's extra, which knows the versions it works with.
+            extra = f"'mosaicml[{self.requires}]'"
+            message = f"needs the package {self.requires}; run: pip install {extra}"
             return [ArgumentMistake(None, message)]
         try:
             parameters = self.parameters()

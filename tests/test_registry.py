@@ -6,6 +6,7 @@ import importlib
 import inspect
 import math
 import warnings
+from importlib import metadata
 
 import composer.algorithms
 import composer.callbacks
@@ -476,7 +477,10 @@ def test_file_and_tensorboard_write(tmp_path):
 def test_a_logger_without_its_package_says_how_to_get_it(name, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (mistake,) = registry.get("loggers", name).check_arguments({})
-    assert mistake.message == f"needs the package {name}; run: pip install {name}"
+    assert mistake.message == f"needs the package {name}; run: pip install 'mosaicml[{name}]'"
+    assert name.replace("_", "-") in {
+        extra.replace("_", "-") for extra in metadata.metadata("mosaicml").get_all("Provides-Extra")
+    }
 
 
 # --- Other packages ----------------------------------------------------------------------------
