@@ -26,6 +26,7 @@ INSTALL_REQUIRES = [
     "botocore>=1.24",
     "filelock>=3",
     "huggingface-hub>=0.21,<0.34",
+    "safetensors>=0.4.3",
     "xxhash>=3,<4",
     "tqdm>=4.64",
     "tokenizers>=0.21,<0.22",
@@ -100,6 +101,18 @@ setup(
     },
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
-    entry_points={"console_scripts": ["composer-gpt2 = composer_gpt2.cli:main"]},
+    entry_points={
+        "console_scripts": ["composer-gpt2 = composer_gpt2.cli:main"],
+        # Under names of their own: llm-foundry has an `alibi` too, Composer's.
+        "llmfoundry_algorithms": [
+            "composer_gpt2_alibi = algorithms.alibi:ALiBi",
+            "composer_gpt2_fused_cross_entropy = algorithms.fused_cross_entropy:FusedCrossEntropy",
+            "composer_gpt2_fused_gelu = algorithms.fused_gelu:FusedGELU",
+            "composer_gpt2_fused_layernorm = algorithms.fused_layernorm:FusedLayerNorm",
+            "composer_gpt2_pad_vocabulary = algorithms.pad_vocabulary:PadVocabulary",
+            "composer_gpt2_parallel_residual = algorithms.parallel_residual:ParallelResidual",
+            "composer_gpt2_seq_length_warmup = algorithms.seq_length_warmup:SequenceLengthWarmup",
+        ],
+    },
     cmdclass={"build_py": BuildWithRecipes},
 )

@@ -1,4 +1,4 @@
-"""The speedup algorithms: ``from composer_gpt2.algorithms import ...``.
+"""The speedup algorithms: ``from composer_gpt2.algorithms import ALiBi, apply_alibi``.
 
 They live in the top-level package ``algorithms``, one folder each. That is a common name, so this
 module makes sure that it is ours.
@@ -10,8 +10,6 @@ from pathlib import Path
 
 import algorithms
 
-__all__: list[str] = []
-
 _ours = Path(__file__).parent.with_name("algorithms")
 _found = [Path(folder) for folder in algorithms.__path__]
 if not any(folder.samefile(_ours) for folder in _found if folder.exists()):
@@ -20,3 +18,34 @@ if not any(folder.samefile(_ours) for folder in _found if folder.exists()):
         f"{', '.join(map(str, _found))}: another distribution or a folder on the path has that "
         "name; uninstall it or put composer-gpt2 first on the path."
     )
+
+# ruff: noqa: E402 - only after that check
+from algorithms.alibi import ALiBi, alibi_bias, apply_alibi, linear_bias_slopes
+from algorithms.fused_cross_entropy import FusedCrossEntropy, apply_fused_cross_entropy
+from algorithms.fused_gelu import FusedGELU, apply_fused_gelu
+from algorithms.fused_layernorm import FusedLayerNorm, apply_fused_layernorm
+from algorithms.pad_vocabulary import PadVocabulary, apply_pad_vocabulary, trim_vocabulary
+from algorithms.parallel_residual import ParallelResidual, apply_parallel_residual
+from algorithms.seq_length_warmup import SequenceLengthWarmup, set_batch_sequence_length
+from composer_gpt2.contract import NoEffectError
+
+__all__ = [
+    "ALiBi",
+    "FusedCrossEntropy",
+    "FusedGELU",
+    "FusedLayerNorm",
+    "NoEffectError",
+    "PadVocabulary",
+    "ParallelResidual",
+    "SequenceLengthWarmup",
+    "alibi_bias",
+    "apply_alibi",
+    "apply_fused_cross_entropy",
+    "apply_fused_gelu",
+    "apply_fused_layernorm",
+    "apply_pad_vocabulary",
+    "apply_parallel_residual",
+    "linear_bias_slopes",
+    "set_batch_sequence_length",
+    "trim_vocabulary",
+]

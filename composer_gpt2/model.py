@@ -9,6 +9,7 @@ Shapes: ``B`` batch, ``T`` tokens of a sequence, ``V`` vocabulary.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import pickle
 import re
 import tempfile
@@ -19,11 +20,20 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from composer.models import HuggingFaceModel
 from composer.utils import get_file
-from torch import Tensor
+from safetensors.torch import load_model as load_safetensors
+from torch import Tensor, nn
 from torchmetrics import Metric
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PretrainedConfig
+from transformers.modeling_utils import load_sharded_checkpoint
+from transformers.utils import SAFE_WEIGHTS_NAME
 
+from composer_gpt2 import registry
 from composer_gpt2.configs import get_config
+from composer_gpt2.contract import (
+    ArchitectureMismatchError,
+    architecture,
+    plain_configuration,
+)
 from composer_gpt2.metrics import BitsPerByte, LanguageCrossEntropy, LanguagePerplexity
 from composer_gpt2.tokenizer import END_OF_TEXT, get_tokenizer
 
@@ -105,6 +115,7 @@ class GPT2Model(HuggingFaceModel):
         if tokenizer_name == "gpt2":
             metrics.append(BitsPerByte())
         super().__init__(model=module, tokenizer=tokenizer, metrics=metrics, shift_labels=True)
+        self.register_load_state_dict_pre_hook(_without_extra_state)
         self.tokenizer_name = tokenizer_name
         self.cpu_precision = cpu_precision
 
@@ -177,14 +188,23 @@ class GPT2Model(HuggingFaceModel):
             )
         return cls(module, tokenizer_name=tokenizer_name, cpu_precision=cpu_precision).eval()
 
-    def forward(self, batch: Mapping[str, Tensor]) -> CausalLMOutputWithCrossAttentions:
-        """Logits, shape ``(B, T, V)``, and, if the batch has labels, the mean loss (a scalar)."""
+    def forward(
+        self, batch: Mapping[str, Tensor], **options: bool
+    ) -> CausalLMOutputWithCrossAttentions:
+        """Logits, shape ``(B, T, V)``, and, if the batch has labels, the mean loss (a scalar).
+
+        With ``fused_cross_entropy`` the logits are ``None`` where the network only has to train.
+
+        Args:
+            batch: As in the class.
+            **options: Arguments of the network that are no part of a batch.
+        """
         inputs = {name: batch[name] for name in batch if name in self.model_forward_args}
         mask = inputs.get("attention_mask")
         if mask is not None and bool(mask.all()):
             del inputs["attention_mask"]
         with self._autocast(inputs["input_ids"].device):
-            return self.model(**inputs, use_cache=False)
+            return self.model(**inputs, use_cache=False, **options)
 
     def eval_forward(self, batch: MutableMapping[str, Any], outputs: Any | None = None) -> Any:
         """Outputs for the metrics: those of the forward pass if given, else of a new one.
@@ -194,7 +214,14 @@ class GPT2Model(HuggingFaceModel):
         """
         if "mode" in batch:
             return super().eval_forward(batch, outputs)
-        return outputs if outputs is not None else self(batch)
+        if outputs is not None:
+            return outputs
+        metrics = self.get_metrics(is_train=False).values()
+        only_the_loss = all(isinstance(metric, LanguageCrossEntropy) for metric in metrics)
+        # Networks that need no logits to compute a loss say so by this argument.
+        if only_the_loss and "return_logits" in inspect.signature(self.model.forward).parameters:
+            return self(batch, return_logits=False)
+        return self(batch)
 
     def update_metric(self, batch: Mapping[str, Any], outputs: Any, metric: Metric) -> dict:
         """Adds a batch to a metric: ours take the loss, any other the logits and shifted labels."""
@@ -203,6 +230,12 @@ class GPT2Model(HuggingFaceModel):
         labels = batch["labels"]
         if isinstance(metric, LanguageCrossEntropy):
             metric.update(outputs["loss"], labels)
+        elif outputs.get("logits") is None:
+            raise ValueError(
+                "metrics must be LanguageCrossEntropy, LanguagePerplexity or BitsPerByte where "
+                f"fused_cross_entropy makes no logits, got {type(metric).__name__}; leave the "
+                "metric or the algorithm out."
+            )
         else:
             metric.update(outputs["logits"][:, :-1], labels[:, 1:])
         return {}
@@ -218,10 +251,38 @@ class GPT2Model(HuggingFaceModel):
         with self._autocast(input_ids.device):
             return super().generate(input_ids, **kwargs)
 
+    def get_extra_state(self) -> dict[str, Any]:
+        """The architectural algorithms of the network; saved beside its weights."""
+        return {"architecture": architecture(self.model)}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Refuses the weights of a network that other algorithms have built.
+
+        Raises:
+            ArchitectureMismatchError: With the algorithms of both.
+        """
+        theirs, ours = state["architecture"], architecture(self.model)
+        if theirs != ours:
+            raise ArchitectureMismatchError(
+                "a checkpoint must be loaded with the architectural algorithms it was trained with:"
+                f" it has {_spelled(theirs)}, this run has {_spelled(ours)}; give the run the "
+                "former."
+            )
+
     def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
         if self.cpu_precision == "amp_bf16" and device.type == "cpu":
             return torch.autocast("cpu", torch.bfloat16)
         return contextlib.nullcontext()
+
+
+def _spelled(algorithms: Mapping[str, Mapping[str, Any]]) -> str:
+    each = [f"{name} {dict(settings)}" for name, settings in algorithms.items()]
+    return " and ".join(each) or "none"
+
+
+def _without_extra_state(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Checkpoints from before there were architectural algorithms are those of a plain network."""
+    state.setdefault(f"{prefix}_extra_state", {"architecture": {}})
 
 
 # One or two words, as the hub has them; what looks like this and exists on disk is read from disk.
@@ -251,7 +312,34 @@ def _load_hugging_face(source: str, *, local_files_only: bool) -> GPT2LMHeadMode
         ) from error
     if config.model_type != "gpt2":
         raise ValueError(f"{source} must hold a GPT-2, got model_type {config.model_type!r}.")
-    return GPT2LMHeadModel.from_pretrained(source, config=config, local_files_only=local_files_only)
+    plain, algorithms = plain_configuration(config)
+    if not algorithms:
+        return GPT2LMHeadModel.from_pretrained(
+            source, config=config, local_files_only=local_files_only
+        )
+    if not Path(source).is_dir():
+        raise ValueError(
+            f"{source} must be a folder here to be loaded, got the hub id of a network with "
+            f"{_spelled(algorithms)}; download it first."
+        )
+    module = _build(plain, algorithms)
+    weights = Path(source) / SAFE_WEIGHTS_NAME
+    if weights.exists():
+        load_safetensors(module, weights)
+    else:
+        load_sharded_checkpoint(module, source)
+    return module
+
+
+def _build(
+    config: PretrainedConfig, algorithms: Mapping[str, Mapping[str, Any]]
+) -> GPT2LMHeadModel:
+    """A network with architectural algorithms, its weights yet to come."""
+    module = GPT2LMHeadModel(config)
+    for name, settings in algorithms.items():
+        algorithm = registry.get("algorithms", name).load()(**settings)
+        algorithm.apply_to_model(module, ())
+    return module
 
 
 def _load_composer_checkpoint(path: Path) -> GPT2LMHeadModel:
@@ -264,8 +352,12 @@ def _load_composer_checkpoint(path: Path) -> GPT2LMHeadModel:
             f"{path} must be a checkpoint that a Trainer saved of a GPT2Model, got a file without "
             f"its configuration ({error!r}); check the path."
         ) from error
-    module = GPT2LMHeadModel(GPT2Config.from_dict(saved))
+    module = _build(*plain_configuration(GPT2Config.from_dict(saved)))
     module.load_state_dict(
-        {name.removeprefix("model."): weight for name, weight in state["model"].items()}
+        {
+            name.removeprefix("model."): weight
+            for name, weight in state["model"].items()
+            if name.startswith("model.")
+        }
     )
     return module

@@ -9,20 +9,24 @@ from composer.core import Event
 
 from composer_gpt2 import scaling
 from composer_gpt2.configs import get_config
+from composer_gpt2.contract import installation_order
 from composer_gpt2.recipe import Recipe
 
 __all__ = ["algorithm_order", "derived_numbers", "format_table"]
 
 
-def derived_numbers(recipe: Recipe, n_ranks: int) -> dict[str, str]:
+def derived_numbers(
+    recipe: Recipe, n_ranks: int, n_parameters: int, *, drops_tokens: bool = False
+) -> dict[str, str]:
     """Everything that follows from a recipe, as text with units, in the order of interest.
 
     Args:
         recipe: A checked recipe.
         n_ranks: Processes that train together, one for each device.
+        n_parameters: Those of the model as it will be trained; algorithms may have changed it.
+        drops_tokens: Whether an algorithm trains less than whole batches.
     """
     config = get_config(recipe.model.name, **recipe.model.config_overrides)
-    n_parameters = scaling.parameter_count(config)
     flops = scaling.flops_per_token(config, recipe.data.sequence_length)
     rows = {
         "model": f"{recipe.model.name}: {config.n_layer} layers, width {config.n_embd}, "
@@ -37,10 +41,13 @@ def derived_numbers(recipe: Recipe, n_ranks: int) -> dict[str, str]:
     if tokens is None:
         rows["duration"] = recipe.max_duration
     else:
-        rows["duration"] = (
-            f"{tokens / recipe.tokens_per_batch:,.0f} batches = {tokens:,} tokens, "
-            f"{tokens / n_parameters:.1f} a parameter"
-        )
+        n_batches = f"{tokens / recipe.tokens_per_batch:,.0f} batches"
+        in_tokens = recipe.max_duration.endswith("tok")
+        if drops_tokens:
+            n_batches = f"at least {n_batches}" if in_tokens else f"{n_batches}, at most"
+        else:
+            n_batches = f"{n_batches} ="
+        rows["duration"] = f"{n_batches} {tokens:,} tokens, {tokens / n_parameters:.1f} a parameter"
         rows["compute"] = f"{flops:.3g} FLOPs a token = {flops * tokens:.3g} in all"
     rows["compute-efficient"] = (
         f"{scaling.compute_optimal_tokens(config):.3g} tokens, loss "
@@ -56,10 +63,16 @@ def derived_numbers(recipe: Recipe, n_ranks: int) -> dict[str, str]:
 def algorithm_order(trainer: Trainer) -> dict[str, str]:
     """For each event at which algorithms run, their names in the order in which they will.
 
-    Composer turns the order round on ``after_*`` events; this asks it instead of guessing.
+    Composer turns the order round on ``after_*`` events; this asks it instead of guessing. At
+    ``init`` ours see to their order themselves.
     """
-    rows = {}
+    ours = installation_order(trainer.state.algorithms)
+    others = [a for a in trainer.state.algorithms if a.match(Event.INIT, trainer.state)]
+    first = [*ours, *(a for a in others if a not in ours)]
+    rows = {"at init": ", ".join(type(a).__name__ for a in first)} if first else {}
     for event in Event:
+        if event is Event.INIT:
+            continue
         running = [a for a in trainer.state.algorithms if a.match(event, trainer.state)]
         if running:
             ordered: Sequence[Algorithm] = trainer.engine._compile(running, event)

@@ -120,6 +120,9 @@ class Stream(_Section):
     """As ``data.local``."""
     proportion: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of the samples; give it to all streams, with sum 1, or to none (then by size)."""
+    repeat: Annotated[float, Field(gt=0)] | None = None
+    """How often its samples come in an epoch, 1 unless given; 0.5 takes half of them. Not beside a
+    proportion."""
 
 
 class Data(_Section):

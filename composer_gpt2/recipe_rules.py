@@ -6,6 +6,7 @@ is missing or wrong, it is silent.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -87,6 +88,8 @@ def _proportions(recipe: Unchecked) -> None:
     given = [proportion for proportion in proportions if proportion is not None]
     if not given:
         return
+    if any(stream.get("repeat") is not None for stream in streams.values()):
+        recipe.fail(("data", "streams"), "must have proportions or repeats, got both")
     if len(given) < len(proportions):
         recipe.fail(("data", "streams"), "must all have a proportion, or none of them")
     elif abs(sum(given) - 1) > 1e-6:
@@ -113,7 +116,7 @@ def _cache_of_the_only_copy(recipe: Unchecked) -> None:
 def _context_is_long_enough(recipe: Unchecked) -> None:
     model, length = dict(recipe["model",]), recipe["data", "sequence_length"]
     n_positions = get_config(model.pop("name"), **model).n_positions
-    if length > n_positions:
+    if length > n_positions and "alibi" not in recipe["algorithms",]:  # it has no positions
         recipe.fail(
             ("data", "sequence_length"),
             f"must be at most the model's n_positions ({n_positions}), got {length}; "
@@ -140,6 +143,39 @@ def _needs_a_gpu(recipe: Unchecked) -> None:
         )
     if recipe["precision",] == "amp_fp16":
         recipe.fail(("precision",), "must be 'fp32' or 'amp_bf16' on device: cpu, got 'amp_fp16'")
+
+
+def _algorithms_fit(recipe: Unchecked) -> None:
+    """What they themselves say, of each other and of the run."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # They are shown when it is built in earnest.
+        chosen = {
+            name: registry.get("algorithms", name).load()(**arguments)
+            for name, arguments in recipe["algorithms",].items()
+        }
+    if not chosen:
+        return
+    from composer_gpt2.contract import Plan, SpeedupAlgorithm, conflicts
+
+    for problem in conflicts(chosen.values()):
+        recipe.fail(("algorithms",), problem)
+    model = dict(recipe["model",])
+    config = get_config(model.pop("name"), **model)
+    microbatch_size = recipe["device_train_microbatch_size",]
+    plan = Plan(
+        sequence_length=recipe["data", "sequence_length"],
+        microbatch_size=microbatch_size if isinstance(microbatch_size, int) else None,
+        max_duration=recipe["max_duration",],
+        on_cpu={"cpu": True, "gpu": False}.get(recipe["device",]),
+        precision=recipe["precision",],
+        model={**config.to_dict(), "attn_implementation": config._attn_implementation},
+    )
+    for name, algorithm in chosen.items():
+        if isinstance(algorithm, SpeedupAlgorithm):
+            try:
+                algorithm.check_plan(plan)
+            except ValueError as error:
+                recipe.fail(("algorithms", name), str(error).removesuffix("."))
 
 
 def _has_an_effect(recipe: Unchecked) -> None:
@@ -279,6 +315,7 @@ RULES = (
     _context_is_long_enough,
     _microbatch_divides,
     _needs_a_gpu,
+    _algorithms_fit,
     _has_an_effect,
     _resumes_exactly,
     _evaluates_something,

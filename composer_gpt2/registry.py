@@ -119,6 +119,10 @@ def _algorithm(name: str, class_name: str, **limits: Limit) -> Entry:
     return Entry("algorithms", name, f"composer.algorithms:{class_name}", limits=limits)
 
 
+def _ours(name: str, class_name: str, **limits: Limit) -> Entry:
+    return Entry("algorithms", name, f"algorithms.{name}:{class_name}", limits=limits)
+
+
 def _callback(name: str, class_name: str, **limits: Limit) -> Entry:
     return Entry("callbacks", name, f"composer.callbacks:{class_name}", limits=limits)
 
@@ -165,8 +169,27 @@ _BUILT_IN: dict[Kind, tuple[Entry, ...]] = {
         _optimizer("adafactor", "torch.optim:Adafactor"),
         _optimizer("sgd", "torch.optim:SGD"),
     ),
-    "schedulers": tuple(_scheduler(name, path) for name, path in _SCHEDULERS.items()),
+    "schedulers": (
+        *(_scheduler(name, path) for name, path in _SCHEDULERS.items()),
+        Entry(
+            "schedulers",
+            "cosine_decay_to_floor_with_warmup",
+            "composer_gpt2.schedulers:CosineDecayToFloorScheduler",
+            limits={
+                "t_warmup": _SCHEDULE_TIME,
+                "t_decay": _SCHEDULE_TIME,
+                "alpha_f": NOT_NEGATIVE,
+            },
+        ),
+    ),
     "algorithms": (
+        _ours("alibi", "ALiBi"),
+        _ours("fused_cross_entropy", "FusedCrossEntropy"),
+        _ours("fused_gelu", "FusedGELU"),
+        _ours("fused_layernorm", "FusedLayerNorm"),
+        _ours("pad_vocabulary", "PadVocabulary", multiple_of=POSITIVE),
+        _ours("parallel_residual", "ParallelResidual"),
+        _ours("seq_length_warmup", "SequenceLengthWarmup"),
         _algorithm(
             "gradient_clipping",
             "GradientClipping",
@@ -232,8 +255,6 @@ _REFUSED: dict[Kind, dict[str, str]] = {
     },
     "schedulers": {},
     "algorithms": {
-        "alibi": "Composer's replaces a method of GPT2Attention that transformers has not called "
-        "since 4.48: attention stays as it was while the position embeddings are zeroed",
         "augmix": _VISION,
         "blurpool": _CONVOLUTIONS,
         "channels_last": _VISION,
@@ -242,7 +263,6 @@ _REFUSED: dict[Kind, dict[str, str]] = {
         "cutout": _VISION,
         "factorize": "it does not know transformers' Conv1D, of which GPT-2 is made; all it finds "
         "is the head, which it would cut loose from the token embedding",
-        "fused_layernorm": "Composer deleted it in January 2024",
         "gated_linear_units": "Composer's knows BERT only",
         "ghost_batchnorm": "it changes batch normalization, and GPT-2 has none",
         "gyro_dropout": "its masks are for two dimensions, GPT-2 has three, and it divides by zero "
@@ -257,8 +277,6 @@ _REFUSED: dict[Kind, dict[str, str]] = {
         "progressive_resizing": _VISION,
         "randaugment": _VISION,
         "selective_backprop": "it needs batches of (input, target) and a loss outside the model",
-        "seq_length_warmup": "Composer's divides by zero on short runs and counts the tokens that "
-        "it cuts off as trained",
         "squeeze_excite": _CONVOLUTIONS,
         "stochastic_depth": "Composer's knows the blocks of ResNets only",
         "weight_standardization": _CONVOLUTIONS,

@@ -7,8 +7,10 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from composer import State
 
@@ -28,8 +30,11 @@ _PACKAGES = (
 )
 
 
-def write_run_folder(recipe: Recipe, n_ranks: int) -> Path:
-    """Writes ``recipe.yaml``, ``command.txt`` and ``versions.json`` into the run's folder.
+def write_run_folder(recipe: Recipe, n_ranks: int, receipts: Sequence[Mapping[str, Any]]) -> Path:
+    """Writes what the run is made of into its folder.
+
+    ``recipe.yaml``, ``command.txt``, ``versions.json``, and ``receipts.json``: what each algorithm
+    changed, and the measurement that shows it.
 
     ``recipe.yaml`` is the resolved recipe. ``composer run.py -f`` with it and with
     ``run_name=another run_folder=null save_folder=null`` repeats the run.
@@ -37,6 +42,7 @@ def write_run_folder(recipe: Recipe, n_ranks: int) -> Path:
     Args:
         recipe: A recipe with a run name.
         n_ranks: Processes that train together.
+        receipts: As :func:`composer_gpt2.contract.receipts` has them.
 
     Returns:
         The folder.
@@ -49,6 +55,7 @@ def write_run_folder(recipe: Recipe, n_ranks: int) -> Path:
     with (folder / "command.txt").open("a", encoding="utf-8") as file:  # a resumed run has several
         file.write(shlex.join(command) + "\n")
     (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
+    (folder / "receipts.json").write_text(json.dumps(receipts, indent=2) + "\n", encoding="utf-8")
     return folder
 
 

@@ -15,6 +15,13 @@ from composer.core import Time
 from composer.utils import dist
 
 from composer_gpt2.build import build_trainer
+from composer_gpt2.contract import (
+    ArchitectureMismatchError,
+    NoEffectError,
+    Receipt,
+    installation_order,
+    receipts,
+)
 from composer_gpt2.data.streaming import ShardError
 from composer_gpt2.plan import algorithm_order, derived_numbers, format_table
 from composer_gpt2.recipe import Recipe, RecipeError, load_recipe
@@ -30,8 +37,9 @@ _SECONDS_FOR_RANK_0 = 20.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains what the command line says.
 
-    What the user can mend is one message without a traceback: a recipe or corpus that cannot be
-    (status 2, and nothing has been trained), or a shard that is lost or damaged (status 1).
+    What the user can mend is one message without a traceback: a recipe, a corpus or a checkpoint
+    that cannot be, or an algorithm without effect (status 2, and nothing has been trained); a shard
+    that is lost or damaged (status 1).
 
     Returns:
         The exit status.
@@ -58,13 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
     try:
         train(load_recipe(arguments.file, arguments.overrides))
-    except (RecipeError, ShardError) as error:
+    except (RecipeError, ShardError, NoEffectError, ArchitectureMismatchError) as error:
         # All ranks end up here together. The launcher shows rank 0 and kills it as soon as another
         # one has failed, so the others let it speak first; what only they know they say later.
         if dist.get_global_rank() != 0:
             time.sleep(_SECONDS_FOR_RANK_0)
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return _USER_ERROR if isinstance(error, RecipeError) else _DATA_ERROR
+        return _DATA_ERROR if isinstance(error, ShardError) else _USER_ERROR
     return 0
 
 
@@ -73,6 +81,8 @@ def train(recipe: Recipe) -> None:
 
     Raises:
         RecipeError: The recipe does not fit the number of ranks, the device or the corpus.
+        NoEffectError: An algorithm of the recipe changes nothing.
+        ArchitectureMismatchError: The checkpoint to go on from has other algorithms.
         ShardError: In mid-run, a shard cannot be had or its hash is wrong.
     """
     trainer = build_trainer(recipe)
@@ -81,9 +91,17 @@ def train(recipe: Recipe) -> None:
         # An automatic resume of a finished run; Composer would call that an error.
         _say(f"{trainer.state.run_name} is trained for {recipe.max_duration}: nothing to do.")
     else:
+        proofs = receipts(trainer.state.algorithms)
         if dist.get_global_rank() == 0:
-            write_run_folder(recipe, dist.get_world_size())
-        rows = derived_numbers(recipe, dist.get_world_size()) | algorithm_order(trainer)
+            write_run_folder(recipe, dist.get_world_size(), proofs)
+        n_parameters = sum(p.numel() for p in trainer.state.model.parameters())
+        drops_tokens = any(a.drops_tokens for a in installation_order(trainer.state.algorithms))
+        rows = derived_numbers(
+            recipe, dist.get_world_size(), n_parameters, drops_tokens=drops_tokens
+        )
+        rows |= algorithm_order(trainer)
+        for proof in proofs:
+            rows[f"effect of {proof['algorithm']}"] = str(Receipt(**proof)).split(": ", 1)[1]
         _say(format_table(rows | {"run folder": str(recipe.run_folder)}))
         trainer.fit()
         if dist.get_global_rank() == 0:

@@ -27,6 +27,8 @@ PARAMETERS = {
     "gpt3-125m": 125_226_240,
     "gpt3-350m": 355_871_744,
     "gpt3-760m": 760_300_032,
+    "gptstar-127m": 128_091_136,
+    "gptstar-303m": 305_422_848,
     "gpt-mini": 12_515_520,
     "gpt-micro": 7_357_312,
     "gpt-nano": 2_546_400,
@@ -51,7 +53,7 @@ def test_everything_else_is_gpt2s(name):
     config = get_config(name)
     gpt3 = name.startswith("gpt3")
     assert config.n_positions == (2048 if gpt3 else 1024)
-    dropout = 0.0 if gpt3 else 0.1
+    dropout = 0.0 if name.startswith(("gpt3", "gptstar")) else 0.1
     assert (config.attn_pdrop, config.embd_pdrop, config.resid_pdrop) == (dropout,) * 3
     assert config.vocab_size == 50257
     assert config.activation_function == "gelu_new"

@@ -253,7 +253,7 @@ def test_all_mistakes_in_one_error(write, base):
         "    lrr: 1.0e-3\n"
         "    betas: [0.9, 1.5]\n"
         "data: {sequence_lenght: 64}\n"
-        "algorithms: {alibi: {}}\n"
+        "algorithms: {mixup: {}}\n"
         "max_duration: 100\n",
         "mine.yaml",
     )
@@ -264,7 +264,7 @@ def test_all_mistakes_in_one_error(write, base):
         (f"{mine}:4: optimizer.adamw.lrr ", "did you mean 'lr'?"),
         (f"{mine}:5: optimizer.adamw.betas ", "two numbers in [0, 1), got [0.9, 1.5]"),
         (f"{mine}:6: data.sequence_lenght ", "did you mean 'sequence_length'?"),
-        (f"{mine}:7: algorithms.alibi cannot be used", "transformers"),
+        (f"{mine}:7: algorithms.mixup cannot be used", "for images"),
         (f"{mine}:8: max_duration must be a number with a unit", "got 100, write e.g. 100ba"),
         ("command line: precision must be 'fp32', ", "got 'bf16' (did you mean 'amp_bf16'?)"),
         ("command line: train_batchsize ", "did you mean 'train_batch_size'?"),

@@ -424,6 +424,20 @@ def test_streams_are_mixed_by_proportion_whatever_their_order_in_the_recipe(tmp_
     assert sum(token < 1000 for token in orders[0]) == 3 * 2 * N_SAMPLES // 4
 
 
+def test_streams_come_as_often_as_they_are_repeated(tmp_path):
+    write_corpus(tmp_path / "a")
+    write_corpus(tmp_path / "b", first=1000)
+    streams = {
+        "a": {"remote": str(tmp_path / "a"), "repeat": 2},
+        "b": {"remote": str(tmp_path / "b"), "repeat": 0.5},
+    }
+    dataset = StreamingTokens(streams=streams, sequence_length=T, batch_size=8, shuffle=True)
+    tokens = flat(read(dataset))
+    assert sorted(token for token in tokens if token < 1000) == sorted(2 * list(range(N_SAMPLES)))
+    half = [token for token in tokens if token >= 1000]
+    assert len(set(half)) == len(half) == N_SAMPLES // 2
+
+
 def test_a_second_iteration_ends_the_first_with_an_error(corpus):
     dataset = StreamingTokens(remote=str(corpus), sequence_length=T, batch_size=4)
     first = iter(dataset)
@@ -556,6 +570,8 @@ def test_contradicting_arguments_are_refused(corpus):
     assert "got nothing" in refused(corpus, remote=None, streams=streams)
     streams = {"a": {"remote": str(corpus), "proportion": 0}}
     assert "above 0, got 0" in refused(corpus, remote=None, streams=streams)
+    streams = {"a": {"remote": str(corpus), "proportion": 1, "repeat": 2}}
+    assert "stand without a proportion" in refused(corpus, remote=None, streams=streams)
     streams = {"a": {"remote": str(corpus), "proportion": 1}, "b": {"remote": str(corpus)}}
     assert "or none of them" in refused(corpus, remote=None, streams=streams)
 

@@ -22,6 +22,7 @@ NAMES = [file.stem for file in FILES]
 @pytest.fixture(autouse=True)
 def _remote(monkeypatch) -> None:
     monkeypatch.setenv("OPENWEBTEXT_REMOTE", "s3://bucket/openwebtext")
+    monkeypatch.setenv("MIXTURE_REMOTE", "s3://bucket/mixture")
     monkeypatch.delenv("CORPUS_REMOTE", raising=False)
 
 
@@ -183,6 +184,50 @@ def test_smoke_gives_two_ranks_the_loss_of_one():
     assert recipe.train_tokens <= 20_000
 
 
+SPEEDUPS = ("gpt2-52m", "gpt2-83m", "gpt2-125m")
+
+
+@pytest.mark.parametrize("name", SPEEDUPS)
+def test_a_speedup_recipe_differs_in_its_algorithms_only(name):
+    speedup, plain = load(f"{name}-speedup"), load(name)
+    added = set(speedup.algorithms) - set(plain.algorithms)
+    assert added == {
+        "alibi",
+        "fused_cross_entropy",
+        "fused_layernorm",
+        "pad_vocabulary",
+        "seq_length_warmup",
+    }
+    assert speedup.model_copy(update={"algorithms": plain.algorithms}) == plain
+
+
+GPT_STAR = {"gptstar-127m": (6, 1024, 128), "gptstar-303m": (8, 1536, 192)}
+
+
+@pytest.mark.parametrize("name", GPT_STAR)
+def test_gpt_star(name):
+    n_layers, d_model, d_head = GPT_STAR[name]
+    recipe = load(name)
+    config = get_config(recipe.model.name)
+    assert (config.n_layer, config.n_embd) == (n_layers, d_model)
+    assert config.n_embd // config.n_head == d_head
+    assert recipe.train_batch_size * recipe.data.sequence_length == 1024 * 512
+    assert recipe.max_duration == "51000ba"
+    assert set(recipe.algorithms) == {"alibi", "parallel_residual", "gradient_clipping"}
+    assert recipe.optimizer_arguments["weight_decay"] == 0.1
+    assert recipe.optimizer_arguments["betas"] == [0.9, 0.95]
+    (schedule,) = recipe.schedulers.values()
+    assert schedule == {"t_warmup": "4000ba", "t_decay": "45000ba", "alpha_f": 0.1}
+
+
+def test_gpt_stars_mixture_sees_its_third_corpus_half_as_often():
+    streams = load("gptstar-127m-mixture").data.streams
+    assert [stream.repeat for stream in streams.values()] == [1, 1, 0.5, 1, 1]
+    assert [stream.remote[-2:] for stream in streams.values()] == ["/1", "/2", "/3", "/4", "/5"]
+
+
 def test_every_recipe_is_looked_at():
     small = {"gpt2-tiny", "quickstart", "smoke"}
-    assert set(NAMES) == {*COMPOSER, *GPT3, *OPENAI, *small}
+    speedups = {f"{name}-speedup" for name in SPEEDUPS}
+    stars = {*GPT_STAR, "gptstar-127m-mixture"}
+    assert set(NAMES) == {*COMPOSER, *GPT3, *OPENAI, *small, *speedups, *stars}

@@ -20,7 +20,7 @@ __all__ = ["DTYPE", "CorpusSource", "Expectation", "find_sources"]
 
 DTYPE = "uint16"  # enough for 50,257 tokens
 _COLUMN = "tokens"
-_STREAM_KEYS = ("remote", "local", "split", "proportion")
+_STREAM_KEYS = ("remote", "local", "split", "proportion", "repeat")
 
 
 def find_sources(
@@ -81,6 +81,7 @@ class CorpusSource:
         local: Absolute path of the cache folder, or None for the default one.
         split: Subfolder of both.
         proportion: Share in a mixture, or None.
+        repeat: How often its sequences come in an epoch, or None for once.
         n_samples: Sequences in the split.
         in_place: Whether the shards are read where they are, without a cache.
         folder: Absolute path of the corpus or its cache, from which is read.
@@ -92,6 +93,7 @@ class CorpusSource:
     local: str | None
     split: str
     proportion: float | None
+    repeat: float | None = None
 
     def __post_init__(self) -> None:
         self._index_bytes = read_bytes(os.path.join(self.remote, self.split, "index.json"))
@@ -194,9 +196,15 @@ def _find_source(name: str, stream: Mapping[str, Any], default_split: str) -> Co
     proportion = stream.get("proportion")
     if proportion is not None and proportion <= 0:
         raise ValueError(f"The proportion of stream {name!r} must be above 0, got {proportion}.")
+    repeat = stream.get("repeat")
+    if repeat is not None and (repeat <= 0 or proportion is not None):
+        raise ValueError(
+            f"The repeat of stream {name!r} must be above 0 and stand without a proportion, got "
+            f"repeat {repeat} and proportion {proportion}."
+        )
     split = stream.get("split", default_split)
     label = os.path.join(name, split).rstrip("/")
-    return CorpusSource(label, remote.rstrip("/"), local, split, proportion)
+    return CorpusSource(label, remote.rstrip("/"), local, split, proportion, repeat)
 
 
 def _default_cache(remote: str, index_bytes: bytes) -> str:

@@ -36,6 +36,7 @@ class ShardStream(Stream):
         local: The cache folder; the corpus itself if it is read in place.
         split: Subfolder of both.
         proportion: Share of this stream in a mixture, or None.
+        repeat: How often its samples come in an epoch, or None for once.
         has_cache_limit: Whether streaming deletes shards and must therefore know what is on disk.
 
     Attributes:
@@ -51,9 +52,12 @@ class ShardStream(Stream):
         local: str,
         split: str,
         proportion: float | None,
+        repeat: float | None,
         has_cache_limit: bool,
     ) -> None:
-        super().__init__(remote=remote, local=local, split=split, proportion=proportion)
+        super().__init__(
+            remote=remote, local=local, split=split, proportion=proportion, repeat=repeat
+        )
         self._has_cache_limit = has_cache_limit
 
     def set_up_local(self, shards: list[Reader], cache_usage_per_shard: np.ndarray) -> None:

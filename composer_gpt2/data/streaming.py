@@ -57,8 +57,9 @@ class StreamingTokens(StreamingDataset):
         local: Folder for the cache in place of the default one; without ``remote``, the corpus.
         split: Subfolder of the corpus; empty if the shards lie beside ``corpus.json``.
         streams: In place of the three above: name to a mapping with the keys ``remote``, ``local``,
-            ``split`` (default: that of ``split``) and ``proportion``, in which several corpora are
-            mixed. All have a proportion (of sequences; they need not sum to 1) or none has.
+            ``split`` (default: that of ``split``), ``proportion`` and ``repeat``, in which several
+            corpora are mixed. All have a proportion (of sequences; they need not sum to 1) or none
+            has; then each comes once in an epoch, or ``repeat`` times (0.5: half of it).
         sequence_length: T; the shards must have it.
         batch_size: B, sequences a rank takes in one batch.
         tokenizer: Name of the tokenizer that the corpus must have been prepared with.
@@ -120,7 +121,7 @@ class StreamingTokens(StreamingDataset):
             for source in sources
             if cache_limit is not None and source.in_place
         ]
-        n_samples = sum(source.n_samples for source in sources)
+        n_samples = sum(int(source.n_samples * (source.repeat or 1)) for source in sources)
         global_batch_size = batch_size * world.num_ranks
         if n_samples < global_batch_size:
             problems.append(
@@ -141,6 +142,7 @@ class StreamingTokens(StreamingDataset):
                 local=source.folder,
                 split=source.split,
                 proportion=source.proportion,
+                repeat=source.repeat,
                 has_cache_limit=cache_limit is not None,
             )
             for source in sources

@@ -1,0 +1,70 @@
+"""Every pair of algorithms trains together, whatever the order of their lines, or says why not."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable
+
+import composer.algorithms
+import pytest
+import torch
+from composer import Algorithm
+from settings import ALGORITHMS
+from training import build_network, train, weights
+
+from composer_gpt2 import registry
+from composer_gpt2.contract import NoEffectError, SpeedupAlgorithm, receipts
+
+# Composer's own that a recipe may use on a CPU, each with arguments by which it acts at once.
+COMPOSERS: dict[str, Callable[[], Algorithm]] = {
+    "gradient_clipping": lambda: composer.algorithms.GradientClipping("norm", 0.1),
+    "ema": lambda: composer.algorithms.EMA(half_life="1ba"),
+    "sam": lambda: composer.algorithms.SAM(interval=1),
+    "swa": lambda: composer.algorithms.SWA(swa_start="0.3dur", update_interval="1ba"),
+}
+MAKERS = {name: case.make for name, case in ALGORITHMS.items()} | COMPOSERS
+NAMES = {name: case.make().name for name, case in ALGORITHMS.items()}
+PAIRS = [
+    (one, other)
+    for one, other in itertools.combinations(MAKERS, 2)
+    if one in NAMES and NAMES[one] != NAMES.get(other)
+]
+
+# What cannot be, and why. A CPU only gains from norms that follow an addition.
+REFUSED = {("parallel_residual", "fused_layernorm"): "parallel residual has none"}
+
+
+def make(name: str) -> Algorithm:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # SWA's about several GPUs
+        return MAKERS[name]()
+
+
+def test_every_usable_name_is_in_a_pair():
+    only_on_gpus = {"low_precision_layernorm"}
+    ours = {case.make().name for case in ALGORITHMS.values()}
+    assert ours | set(COMPOSERS) | only_on_gpus == set(registry.names("algorithms"))
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
+def test_a_pair_trains_three_steps_in_either_order(pair: tuple[str, str]):
+    precisions = {ALGORITHMS[name].cpu_precision for name in pair if name in ALGORITHMS}
+    precision = "amp_bf16" if "amp_bf16" in precisions else "fp32"
+    ends = []
+    for names in (pair, pair[::-1]):
+        algorithms = [make(name) for name in names]
+        if pair in REFUSED:
+            with pytest.raises(NoEffectError, match=REFUSED[pair]):
+                train(build_network(precision), algorithms)
+            continue
+        run, losses = train(build_network(precision), algorithms)
+        assert len(losses.of_batches) == 3
+        assert all(loss < 6 for loss in losses.of_batches)  # ln(101) = 4.6
+        n_ours = sum(isinstance(algorithm, SpeedupAlgorithm) for algorithm in algorithms)
+        found = receipts(run.state.algorithms)
+        assert len(found) == n_ours
+        assert all(receipt["count"] > 0 for receipt in found)
+        ends.append(weights(run.state.model))
+    for name, value in ends[0].items() if ends else ():
+        assert torch.equal(value, ends[1][name]), name
