@@ -26,6 +26,7 @@ from algorithms_loss import prepare_corpus
 TRAINED = 128
 LENGTHS = (128, 256, 512, 1024)
 CONTESTANTS = {"ALiBi": ("algorithms.alibi={}",), "learned positions": ()}
+BOTH = ("algorithms.fused_cross_entropy={}", "algorithms.fused_gelu={}")  # the same loss, sooner
 
 
 def main() -> None:
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="folder with train.jsonl, validation.jsonl")
     parser.add_argument("--hardware", required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--batches", type=int, default=180)
+    parser.add_argument("--batches", type=int, default=120)
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
@@ -70,6 +71,7 @@ def run(task: tuple[str, str, str, int, int]) -> dict:
             ["gpt2-tiny.yaml"],
             [
                 *CONTESTANTS[name],
+                *BOTH,
                 f"seed={seed}",
                 f"max_duration={batches}ba",
                 f"data.remote={corpus}",

@@ -1,0 +1,183 @@
+"""Algorithms as lines of recipes, in real runs through the Composer launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from composer_gpt2.build import build_trainer
+from composer_gpt2.contract import ArchitectureMismatchError
+from composer_gpt2.recipe import RecipeError, load_recipe
+
+ROOT = Path(__file__).parents[2]
+COMPOSER = str(Path(sys.executable).with_name("composer"))
+FRAGMENTS = sorted((ROOT / "algorithms").glob("*/recipe.yaml"))
+
+# A network and a corpus of seconds, under any recipe that is shipped.
+SMALL = (
+    "model={name: gpt2-tiny, n_embd: 32, dropout: 0.0}",
+    "data.sequence_length=64",
+    "data.validation_split=null",
+    "train_batch_size=8",
+    "device_train_microbatch_size=2",
+    "max_duration=3ba",
+    "precision=amp_bf16",
+    "eval_interval=null",
+    "eval_batch_size=null",
+    "eval_subset_num_batches=null",
+    "callbacks=null",
+)
+
+
+def launch(tmp_path: Path, *arguments: str) -> tuple[int, str]:
+    finished = subprocess.run(
+        [COMPOSER, "-n", "2", str(ROOT / "run.py"), *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    return finished.returncode, finished.stdout + finished.stderr
+
+
+def fragment(name: str) -> tuple[str, str]:
+    return "-f", str(ROOT / "algorithms" / name / "recipe.yaml")
+
+
+@pytest.mark.parametrize("path", FRAGMENTS, ids=lambda path: path.parent.name)
+def test_a_fragment_holds_its_algorithm_and_loads_over_a_recipe(path, monkeypatch):
+    monkeypatch.setenv("CORPUS_REMOTE", "s3://bucket/corpus")
+    (name,) = yaml.safe_load(path.read_text())["algorithms"]
+    assert name == path.parent.name
+    recipe = load_recipe([ROOT / "yamls" / "gpt2-tiny.yaml", path], ["precision=amp_bf16"])
+    assert name in recipe.algorithms
+    assert "gradient_clipping" in recipe.algorithms
+
+
+def test_the_three_together_train_on_two_ranks_and_leave_receipts(tiny_corpus, tmp_path):
+    status, said = launch(
+        tmp_path,
+        *("-f", str(ROOT / "yamls" / "gpt2-tiny.yaml")),
+        *fragment("alibi"),
+        *fragment("seq_length_warmup"),
+        *fragment("fused_cross_entropy"),
+        *SMALL,
+        f"data.remote={tiny_corpus}",
+        "run_name=three",
+    )
+    assert status == 0, said
+    assert "Traceback" not in said
+    for effect in (
+        "biased 2 of 2 attention layers, removed 32,768 position parameters",
+        "fused 1 of 1 loss",
+        "truncates batches, linear over 0.3dur",
+    ):
+        assert effect in said
+    assert "at init " in said
+    assert "ALiBi, FusedCrossEntropy, SequenceLengthWarmup, GradientClipping" in said
+    proofs = json.loads((tmp_path / "runs" / "three" / "receipts.json").read_text())
+    assert [proof["algorithm"] for proof in proofs] == [
+        "alibi",
+        "fused_cross_entropy",
+        "seq_length_warmup",
+    ]
+    assert proofs[0]["probe"]["largest error against the formula"] < 1e-5
+    # The first of three batches has 8 tokens a sequence, the others are beyond three tenths.
+    metrics = json.loads((tmp_path / "runs" / "three" / "metrics.json").read_text())
+    assert metrics["tokens"] == 8 * (8 + 64 + 64)
+
+
+def test_a_speedup_recipe_starts_on_two_ranks(tiny_corpus, tmp_path):
+    """Its algorithms, optimizer and schedule, on a network of seconds; the sizes do not differ."""
+    status, said = launch(
+        tmp_path,
+        *("-f", str(ROOT / "yamls" / "gpt2-52m-speedup.yaml")),
+        *SMALL,
+        f"data.remote={tiny_corpus}",
+        "schedulers.cosine_decay_with_warmup.t_warmup=1ba",
+        "algorithms.seq_length_warmup.min_seq_length=8",
+        "algorithms.seq_length_warmup.step_size=8",
+        "run_name=speedup",
+    )
+    assert status == 0, said
+    proofs = json.loads((tmp_path / "runs" / "speedup" / "receipts.json").read_text())
+    assert [proof["algorithm"] for proof in proofs] == [
+        "pad_vocabulary",
+        "alibi",
+        "fused_layernorm",
+        "fused_cross_entropy",
+        "seq_length_warmup",
+    ]
+    assert "50,304" in said
+
+
+def small(tiny_corpus: Path, tmp_path: Path, *overrides: str, precision: str = "fp32"):
+    return load_recipe(
+        [ROOT / "yamls" / "gpt2-tiny.yaml"],
+        [
+            *SMALL,
+            f"precision={precision}",
+            f"data.remote={tiny_corpus}",
+            f"run_folder={tmp_path / 'run'}",
+            "device=cpu",
+            *overrides,
+        ],
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("algorithms.alibi.train_sequence_length_scaling=0.3", "one over a whole number"),
+        ("algorithms.alibi={train_sequence_length_scaling: 0.2}", "(64) into whole parts"),
+        ("algorithms.alibi={kernel: flex}", "trains on GPUs only"),
+        ("algorithms.fused_layernorm={}", "needs precision amp_bf16 on a CPU"),
+        ("algorithms.pad_vocabulary={multiple_of: 0}", "above 0"),
+        ("algorithms.seq_length_warmup={max_seq_length: 128}", "at most"),
+        ("algorithms.seq_length_warmup={duration: 2dur}", "within the run"),
+        ("algorithms.alibbi={}", "did you mean 'alibi'?"),
+    ],
+)
+def test_what_cannot_be_is_one_mistake_of_the_recipe(override, said, tiny_corpus, tmp_path):
+    with pytest.raises(RecipeError) as error:
+        small(tiny_corpus, tmp_path, override)
+    assert len(error.value.mistakes) == 1
+    assert said in str(error.value)
+
+
+def test_without_positions_a_sequence_may_be_longer_than_they(tiny_corpus, tmp_path):
+    short = "model.n_positions=32"
+    with pytest.raises(RecipeError, match="n_positions"):
+        small(tiny_corpus, tmp_path, short)
+    trainer = build_trainer(small(tiny_corpus, tmp_path, short, "algorithms.alibi={}"))
+    trainer.fit()
+    trainer.close()
+    assert trainer.state.timestamp.token == 3 * 8 * 64
+
+
+def test_a_run_does_not_go_on_without_an_algorithm_that_it_had(tiny_corpus, tmp_path):
+    own = ("save_interval=1ba", "run_name=one", f"save_folder={tmp_path / 'checkpoints'}")
+    trainer = build_trainer(small(tiny_corpus, tmp_path, "algorithms.alibi={}", *own))
+    trainer.fit()
+    trainer.close()
+    saved = torch.load(tmp_path / "checkpoints" / "latest-rank0.pt", weights_only=False)["state"]
+    assert saved["model"]["_extra_state"] == {"architecture": {"alibi": {}}}
+    longer = (*own, "autoresume=true", "max_duration=4ba")
+    with pytest.raises(ArchitectureMismatchError, match=r"it has alibi \{\}, this run has none"):
+        build_trainer(small(tiny_corpus, tmp_path, *longer))
+    half = "algorithms.alibi={train_sequence_length_scaling: 0.5}"
+    with pytest.raises(ArchitectureMismatchError, match=r"1\.0.*got.*0\.5"):
+        build_trainer(small(tiny_corpus, tmp_path, half, *longer))
+    trainer = build_trainer(small(tiny_corpus, tmp_path, "algorithms.alibi={}", *longer))
+    trainer.fit()
+    trainer.close()
+    assert trainer.state.timestamp.batch == 4
