@@ -39,6 +39,7 @@ LOCAL_S3 = ["moto[server,s3]>=5"]  # the S3 server of `make train` and of the te
 
 EXTRAS_REQUIRE = {
     "s3-server": LOCAL_S3,
+    "gpu": ["liger-kernel>=0.8,<0.9"],  # kernels of fused_layernorm and fused_cross_entropy
     "test": [
         *LOCAL_S3,
         "codespell>=2.3",

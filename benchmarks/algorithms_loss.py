@@ -164,7 +164,9 @@ def report(arguments: argparse.Namespace, equal_tokens: list[dict], equal_time: 
             cells.append(f"{statistics.mean(losses):.3f} +- {statistics.stdev(losses):.3f}")
             spread = statistics.stdev(differences)
             cells.append(f"{statistics.mean(differences):+.3f} +- {spread:.3f}")
-        cells.insert(4, f"{statistics.median(r['trained_tokens'] for r in longer):,.0f}")
+        took = statistics.median(r["seconds"] for r in longer)
+        trained = statistics.median(r["trained_tokens"] for r in longer)
+        cells.insert(4, f"{trained:,.0f} in {took:.0f} s")
         lines.append("| " + " | ".join(cells) + " |")
     tokens = statistics.median(r["trained_tokens"] for r in baseline)
     seconds = statistics.median(r["seconds"] for r in baseline)
@@ -180,11 +182,11 @@ def report(arguments: argparse.Namespace, equal_tokens: list[dict], equal_time: 
 
 gpt2-tiny (`yamls/gpt2-tiny.yaml` in batches of {BATCH_SIZE} x {SEQUENCE_LENGTH} tokens, bfloat16
 autocast) on real OpenWebText text, {arguments.seeds} seeds, two runs in progress at a time on one
-core each. Equal
-tokens: {tokens:,.0f} (the baseline: {seconds:.0f} s of training). Equal time: as many tokens as the
-baseline's median time allows at the contestant's median speed. Validation loss in nats a token,
-mean and standard deviation over seeds; differences are from the baseline of the same seed. Speed:
-the baseline's seconds over the contestant's, median and range over seeds.
+core each. Equal tokens: {tokens:,.0f}, the very beginning of training (the baseline: {seconds:.0f}
+s). Equal time: as many tokens as the baseline's median time allows at the contestant's median
+speed; the time that it then took stands beside them. Validation loss in nats a token, mean and
+standard deviation over seeds; differences are from the baseline of the same seed. Speed: the
+baseline's seconds over the contestant's, median and range over seeds.
 
 {header}
 {"| --- " * header.count(" |")}|

@@ -1,4 +1,4 @@
-"""What algorithms do to batches: shorter sequences, and micro-batches of as many tokens as before.
+"""What algorithms do to batches: check them, and split their sequences.
 
 Shapes: ``B`` sequences, ``T`` tokens.
 """
@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from composer import State
 from composer.core import Batch
 from torch import Tensor
 
 from composer_gpt2.contract import NoEffectError
 
-__all__ = ["check_token_batch", "rescale_microbatch", "split_sequences"]
+__all__ = ["check_token_batch", "split_sequences"]
 
 
 def check_token_batch(batch: Any, algorithm: str) -> tuple[int, int]:
@@ -56,14 +55,3 @@ def split_sequences(batch: Batch, n_parts: int, algorithm: str) -> dict[str, Ten
         )
     shape = (n_sequences * n_parts, n_tokens // n_parts)
     return {key: tensor.reshape(shape) for key, tensor in batch.items()}
-
-
-def rescale_microbatch(state: State, factor: float) -> None:
-    """Multiplies the sequences of a micro-batch; whoever does so divides again after the batch.
-
-    Composer halves the number itself when a GPU runs out of memory, so it is never restored to what
-    it was, only scaled back.
-    """
-    size = state.device_train_microbatch_size
-    if size is not None:
-        state.device_train_microbatch_size = max(1, round(size * factor))

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from composer import Callback, Trainer
+from composer import Algorithm, Callback, Trainer
 from composer.core import Batch, DataSpec, Evaluator
 from composer.utils import dist, get_device, reproducibility
 from torch import nn
 
 from composer_gpt2 import registry
+from composer_gpt2.contract import SpeedupAlgorithm
 from composer_gpt2.data.streaming import StreamingTokens, build_token_dataloader
 from composer_gpt2.model import GPT2Model
 from composer_gpt2.progress import ProgressLines
@@ -69,7 +70,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
         train_dataloader=train_dataloader,
         optimizers=build_optimizer(recipe, model),
         schedulers=_build_all("schedulers", recipe.schedulers),
-        algorithms=_build_all("algorithms", recipe.algorithms),
+        algorithms=_build_algorithms(recipe),
         max_duration=recipe.max_duration,
         eval_dataloader=evaluator,
         callbacks=cast(
@@ -194,6 +195,8 @@ def build_dataloader(recipe: Recipe, split: str) -> DataSpec:
             shuffle=data.shuffle and training,
             shuffle_seed=recipe.seed,
             num_canonical_nodes=data.num_canonical_nodes,
+            # A validation that took another part of a mixture each time could not be compared.
+            sampling_method="balanced" if training else "fixed",
             cache_limit=data.cache_limit,
             download_retry=data.download_retry,
             download_timeout=data.download_timeout,
@@ -247,6 +250,12 @@ def _build_evaluator(recipe: Recipe) -> Evaluator | None:
 
 def _build_all(kind: registry.Kind, chosen: dict[str, dict[str, Any]]) -> list[Any]:
     return [registry.get(kind, name).load()(**arguments) for name, arguments in chosen.items()]
+
+
+def _build_algorithms(recipe: Recipe) -> list[Algorithm]:
+    """Ours first: those of Composer that keep a copy of the model copy it as it will be trained."""
+    algorithms = _build_all("algorithms", recipe.algorithms)
+    return sorted(algorithms, key=lambda a: not isinstance(a, SpeedupAlgorithm))
 
 
 def check_for_this_machine(recipe: Recipe, *, n_ranks: int, on_cpu: bool) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import itertools
 import logging
 import weakref
 from abc import abstractmethod
@@ -25,6 +26,7 @@ from typing import Any, ClassVar, TypeVar
 from composer import Algorithm, Event, Logger, State, Time
 from composer.core import Batch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers import GPT2LMHeadModel, PretrainedConfig, PreTrainedModel
 
@@ -97,10 +99,7 @@ class Plan:
     """What is known of a run before anything is built; unknown things are ``None``."""
 
     sequence_length: int
-    """Tokens of a sequence as the corpus has them."""
-    microbatch_size: int | None
-    """Sequences of a micro-batch on one device."""
-    max_duration: str
+    """Tokens of a sequence, as the corpus has them and earlier stages leave them."""
     on_cpu: bool | None
     precision: str
     model: Mapping[str, Any]
@@ -136,8 +135,12 @@ class SpeedupAlgorithm(Algorithm):
     free_on_resume: ClassVar[frozenset[str]] = frozenset()
     """Settings of an architectural algorithm that a resumed run may change."""
 
+    reads_any_length: ClassVar[bool] = False
+    """Whether the network has no learned positions left, so that sequences may be longer."""
+
     receipt: Receipt | None = None
     _acted_on: Time | None = None  # the count of batches when it changed the last one
+    _microbatch_factor: float = 1  # by which micro-batches have more sequences meanwhile
 
     @abstractmethod
     def apply_to_model(self, module: GPT2LMHeadModel, optimizers: Sequence[Optimizer]) -> Receipt:
@@ -161,6 +164,16 @@ class SpeedupAlgorithm(Algorithm):
     def prepare(self, state: State) -> None:
         """Learns what it needs of the run, such as its duration, before :meth:`apply_to_model`."""
 
+    def measure_run(self, state: State) -> Receipt | None:
+        """A better receipt than that of :meth:`apply_to_model`, now that the data are known.
+
+        Called when the Trainer has its data loader, before a checkpoint is loaded.
+
+        Raises:
+            NoEffectError: With these data there is nothing to change.
+        """
+        return None
+
     def acts_on_batch(self, state: State) -> bool:
         """Whether :meth:`apply_to_batch` would change a batch at this time of the run."""
         return False
@@ -168,10 +181,16 @@ class SpeedupAlgorithm(Algorithm):
     def apply_to_batch(self, batch: Batch, state: State) -> Batch:
         """The batch to train on, of another shape; runs after those of earlier stages.
 
+        If it has more sequences, so have its micro-batches, in which as many tokens stay.
+
         Raises:
             NoEffectError: It is no batch that it knows.
         """
         raise NotImplementedError(f"{type(self).__name__} says that it acts on batches")
+
+    def sequence_length_after(self, sequence_length: int) -> int:
+        """The longest sequences that it makes of sequences of this length."""
+        return sequence_length
 
     def after_batch(self, state: State) -> None:
         """Runs when a batch has been trained and counted, before any callback sees the counts."""
@@ -207,6 +226,8 @@ class SpeedupAlgorithm(Algorithm):
                 f"{self.name} must leave a receipt when the Trainer is built, got none: its "
                 "apply() did not run to its end. The run stops rather than train without it."
             )
+        if event is Event.BEFORE_LOAD:
+            return state.dataloader is not None and self._overrides("measure_run")
         # Outside of training there is no batch.
         expected = event is Event.BATCH_START and state.batch is not None
         if expected and self.acts_on_batch(state) and self._acted_on != state.timestamp.batch:
@@ -216,7 +237,11 @@ class SpeedupAlgorithm(Algorithm):
             )
         if event is Event.AFTER_DATALOADER:
             return self.acts_on_batch(state)
-        return event is Event.BATCH_END and type(self).after_batch is not _NOTHING_AFTER
+        has_more_to_do = self._overrides("after_batch") or self._microbatch_factor != 1
+        return event is Event.BATCH_END and has_more_to_do
+
+    def _overrides(self, method: str) -> bool:
+        return getattr(type(self), method) is not getattr(SpeedupAlgorithm, method)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Dispatches to the methods above."""
@@ -224,17 +249,27 @@ class SpeedupAlgorithm(Algorithm):
             if state not in _installed:
                 _installed.add(state)
                 _install_all(state)
+        elif event is Event.BEFORE_LOAD:
+            self.receipt = self.measure_run(state) or self.receipt
         elif event is Event.AFTER_DATALOADER:
-            changed = self.apply_to_batch(state.batch, state)
-            if changed["input_ids"].shape == state.batch["input_ids"].shape:
+            self._put_back_microbatch_size(state)  # if the last batch was interrupted
+            before, after = state.batch, self.apply_to_batch(state.batch, state)
+            if after["input_ids"].shape == before["input_ids"].shape:
                 raise NoEffectError(
                     f"{self.name} must change the shape of its batch, got it back as it was, "
-                    f"{tuple(changed['input_ids'].shape)}."
+                    f"{tuple(after['input_ids'].shape)}."
                 )
-            state.batch = changed
+            state.batch = after
             self._acted_on = state.timestamp.batch
+            self._microbatch_factor = len(after["input_ids"]) / len(before["input_ids"])
+            _rescale_microbatch(state, self._microbatch_factor)
         else:
+            self._put_back_microbatch_size(state)
             self.after_batch(state)
+
+    def _put_back_microbatch_size(self, state: State) -> None:
+        _rescale_microbatch(state, 1 / self._microbatch_factor)
+        self._microbatch_factor = 1
 
     def state_dict(self) -> dict[str, Any]:
         """Composer's, and the receipt."""
@@ -259,20 +294,33 @@ class SpeedupAlgorithm(Algorithm):
             )
 
 
-_NOTHING_AFTER = SpeedupAlgorithm.after_batch
-
 # States whose algorithms have been applied: the first of ours that INIT reaches sees to all.
 _installed: weakref.WeakSet[State] = weakref.WeakSet()
 
 
+def _rescale_microbatch(state: State, factor: float) -> None:
+    """Multiplies the sequences of a micro-batch.
+
+    Composer halves the number itself when a GPU runs out of memory, so it is never restored to what
+    it was, only scaled back.
+    """
+    size = state.device_train_microbatch_size
+    if size is not None:
+        state.device_train_microbatch_size = max(1, round(size * factor))
+
+
 def language_model(model: nn.Module, algorithm: str) -> GPT2LMHeadModel:
-    """The Hugging Face network in ``model``: itself, or inside a ``GPT2Model``, or inside DDP.
+    """The Hugging Face network in ``model``: itself, or inside a ``GPT2Model``.
 
     Raises:
-        NoEffectError: There is none.
+        NoEffectError: There is none, or DDP has wrapped it, which would miss new parameters.
     """
-    inner = getattr(model, "module", model)
-    inner = getattr(inner, "model", inner)
+    if isinstance(model, DistributedDataParallel):
+        raise NoEffectError(
+            f"{algorithm} must be applied before a model is wrapped, got DistributedDataParallel; "
+            "apply it first and wrap then."
+        )
+    inner = getattr(model, "model", model)
     if not isinstance(inner, GPT2LMHeadModel):
         raise NoEffectError(
             f"{algorithm} needs a transformers GPT2LMHeadModel, or a model that holds one as "
@@ -348,7 +396,7 @@ _RECORD = "composer_gpt2"  # an attribute of the configuration, saved with it
 
 
 def conflicts(algorithms: Iterable[Algorithm]) -> list[str]:
-    """One sentence for each pair that cannot stand together, or that is there twice."""
+    """One sentence for each pair that cannot stand together, and each of ours that is twice."""
     present = list(algorithms)
     names = [type(algorithm).__name__ for algorithm in present]
     found = []
@@ -361,7 +409,8 @@ def conflicts(algorithms: Iterable[Algorithm]) -> list[str]:
             for other, reason in algorithm.conflicts_with.items()
             if other in names
         ]
-    counts = collections.Counter(names)
+    ours = [type(a).__name__ for a in present if isinstance(a, SpeedupAlgorithm)]
+    counts = collections.Counter(ours)
     found += [f"{name} must be there once, got it {n} times" for name, n in counts.items() if n > 1]
     return found
 
@@ -386,6 +435,12 @@ def _install_all(state: State) -> None:
     if problems:
         raise ValueError("; ".join(problems) + ".")
     ours = installation_order(state.algorithms)
+    for earlier in itertools.takewhile(lambda a: a not in ours, state.algorithms):
+        if any(isinstance(value, nn.Module) for value in vars(earlier).values()):  # SWA
+            raise ValueError(
+                f"{type(earlier).__name__} must be listed after {', '.join(a.name for a in ours)}, "
+                "got it before: it has copied the model as it was without them."
+            )
     for algorithm in ours:
         algorithm.receipt = None  # that of an earlier Trainer
         module = language_model(state.model, algorithm.name)

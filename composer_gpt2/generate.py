@@ -47,8 +47,8 @@ def generate(
         )
     # GPT-2 never saw an empty context: a document begins after the separator.
     ids = [END_OF_TEXT, *get_encoding().encode_ordinary(prompt)]
-    context_length = model.config.n_positions
-    if len(ids) + max_new_tokens > context_length:
+    context_length = model.context_length
+    if context_length is not None and len(ids) + max_new_tokens > context_length:
         raise ValueError(
             f"prompt and new tokens must fit the model's {context_length} positions, got "
             f"{len(ids)} + {max_new_tokens}; shorten one of them."

@@ -1,7 +1,8 @@
 """GPT-2 as a Composer model: the Hugging Face network, our tokenizer, metrics and precision.
 
-The network is ``transformers.GPT2LMHeadModel`` untouched, so that weights, exports and generation
-are everybody's; this file decides how Composer feeds and measures it.
+The network is ``transformers.GPT2LMHeadModel``, so that weights, exports and generation are
+everybody's unless an architectural algorithm changes it; this file decides how Composer feeds and
+measures it.
 
 Shapes: ``B`` batch, ``T`` tokens of a sequence, ``V`` vocabulary.
 """
@@ -250,6 +251,12 @@ class GPT2Model(HuggingFaceModel):
         kwargs.setdefault("attention_mask", torch.ones_like(input_ids))
         with self._autocast(input_ids.device):
             return super().generate(input_ids, **kwargs)
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that it can read at once; ``None``, any number, without learned positions."""
+        has_positions = any(True for _ in self.model.get_submodule("transformer.wpe").parameters())
+        return self.model.config.n_positions if has_positions else None
 
     def get_extra_state(self) -> dict[str, Any]:
         """The architectural algorithms of the network; saved beside its weights."""

@@ -16,7 +16,7 @@ __all__ = ["algorithm_order", "derived_numbers", "format_table"]
 
 
 def derived_numbers(
-    recipe: Recipe, n_ranks: int, n_parameters: int, *, drops_tokens: bool = False
+    recipe: Recipe, n_ranks: int, n_parameters: int, algorithms: Sequence[Algorithm] = ()
 ) -> dict[str, str]:
     """Everything that follows from a recipe, as text with units, in the order of interest.
 
@@ -24,13 +24,20 @@ def derived_numbers(
         recipe: A checked recipe.
         n_ranks: Processes that train together, one for each device.
         n_parameters: Those of the model as it will be trained; algorithms may have changed it.
-        drops_tokens: Whether an algorithm trains less than whole batches.
+        algorithms: Those of the run; they decide at which length it trains, and on what part of a
+            batch.
     """
     config = get_config(recipe.model.name, **recipe.model.config_overrides)
-    flops = scaling.flops_per_token(config, recipe.data.sequence_length)
+    ours = installation_order(algorithms)
+    trained_length = recipe.data.sequence_length
+    for algorithm in ours:
+        trained_length = algorithm.sequence_length_after(trained_length)
+    flops = scaling.flops_per_token(config, trained_length)
+    any_length = any(algorithm.reads_any_length for algorithm in ours)
+    drops_tokens = any(algorithm.drops_tokens for algorithm in ours)
     rows = {
         "model": f"{recipe.model.name}: {config.n_layer} layers, width {config.n_embd}, "
-        f"{config.n_head} heads, {config.n_positions} positions",
+        f"{config.n_head} heads, {'no' if any_length else config.n_positions} positions",
         "parameters": f"{n_parameters:,}",
         "batch": f"{recipe.train_batch_size:,} sequences x {recipe.data.sequence_length:,} = "
         f"{recipe.tokens_per_batch:,} tokens",
@@ -48,7 +55,9 @@ def derived_numbers(
         else:
             n_batches = f"{n_batches} ="
         rows["duration"] = f"{n_batches} {tokens:,} tokens, {tokens / n_parameters:.1f} a parameter"
-        rows["compute"] = f"{flops:.3g} FLOPs a token = {flops * tokens:.3g} in all"
+        rows["compute"] = (
+            f"{flops:.3g} FLOPs a token at {trained_length:,} tokens = {flops * tokens:.3g} in all"
+        )
     rows["compute-efficient"] = (
         f"{scaling.compute_optimal_tokens(config):.3g} tokens, loss "
         f"{scaling.predicted_loss(config):.2f}, perplexity "
@@ -70,6 +79,7 @@ def algorithm_order(trainer: Trainer) -> dict[str, str]:
     others = [a for a in trainer.state.algorithms if a.match(Event.INIT, trainer.state)]
     first = [*ours, *(a for a in others if a not in ours)]
     rows = {"at init": ", ".join(type(a).__name__ for a in first)} if first else {}
+    batch, trainer.state.batch = trainer.state.batch, None  # outside of training there is none
     for event in Event:
         if event is Event.INIT:
             continue
@@ -77,6 +87,7 @@ def algorithm_order(trainer: Trainer) -> dict[str, str]:
         if running:
             ordered: Sequence[Algorithm] = trainer.engine._compile(running, event)
             rows[f"at {event.value}"] = ", ".join(type(a).__name__ for a in ordered)
+    trainer.state.batch = batch
     return rows
 
 

@@ -6,6 +6,7 @@ is missing or wrong, it is silent.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -116,7 +117,9 @@ def _cache_of_the_only_copy(recipe: Unchecked) -> None:
 def _context_is_long_enough(recipe: Unchecked) -> None:
     model, length = dict(recipe["model",]), recipe["data", "sequence_length"]
     n_positions = get_config(model.pop("name"), **model).n_positions
-    if length > n_positions and "alibi" not in recipe["algorithms",]:  # it has no positions
+    if any(getattr(cls, "reads_any_length", False) for cls in _algorithm_classes(recipe)):
+        return
+    if length > n_positions:
         recipe.fail(
             ("data", "sequence_length"),
             f"must be at most the model's n_positions ({n_positions}), got {length}; "
@@ -145,6 +148,10 @@ def _needs_a_gpu(recipe: Unchecked) -> None:
         recipe.fail(("precision",), "must be 'fp32' or 'amp_bf16' on device: cpu, got 'amp_fp16'")
 
 
+def _algorithm_classes(recipe: Unchecked) -> list[Any]:
+    return [registry.get("algorithms", name).load() for name in recipe["algorithms",]]
+
+
 def _algorithms_fit(recipe: Unchecked) -> None:
     """What they themselves say, of each other and of the run."""
     with warnings.catch_warnings():
@@ -155,27 +162,26 @@ def _algorithms_fit(recipe: Unchecked) -> None:
         }
     if not chosen:
         return
-    from composer_gpt2.contract import Plan, SpeedupAlgorithm, conflicts
+    from composer_gpt2.contract import Plan, conflicts, installation_order
 
     for problem in conflicts(chosen.values()):
         recipe.fail(("algorithms",), problem)
     model = dict(recipe["model",])
     config = get_config(model.pop("name"), **model)
-    microbatch_size = recipe["device_train_microbatch_size",]
     plan = Plan(
         sequence_length=recipe["data", "sequence_length"],
-        microbatch_size=microbatch_size if isinstance(microbatch_size, int) else None,
-        max_duration=recipe["max_duration",],
         on_cpu={"cpu": True, "gpu": False}.get(recipe["device",]),
         precision=recipe["precision",],
         model={**config.to_dict(), "attn_implementation": config._attn_implementation},
     )
-    for name, algorithm in chosen.items():
-        if isinstance(algorithm, SpeedupAlgorithm):
-            try:
-                algorithm.check_plan(plan)
-            except ValueError as error:
-                recipe.fail(("algorithms", name), str(error).removesuffix("."))
+    for algorithm in installation_order(chosen.values()):
+        try:
+            algorithm.check_plan(plan)
+        except ValueError as error:
+            recipe.fail(("algorithms", algorithm.name), str(error).removesuffix("."))
+            return
+        length = algorithm.sequence_length_after(plan.sequence_length)
+        plan = dataclasses.replace(plan, sequence_length=length)
 
 
 def _has_an_effect(recipe: Unchecked) -> None:
@@ -239,6 +245,8 @@ def _schedules_fit(recipe: Unchecked) -> None:
                 f"or write it as a fraction, 0.01dur",
             )
             continue
+        if "t_decay" in entry.parameters():
+            _decay_fits(recipe, run, name, arguments)
         if "t_max" not in entry.parameters():
             continue
         t_max = arguments.get("t_max", "1dur")
@@ -255,6 +263,23 @@ def _schedules_fit(recipe: Unchecked) -> None:
                 f"must count in {UNITS[unit]} as t_max ({t_max}) of a run of {run.max_duration} "
                 f"does, got {warmup}; write {run.convert(warmup, unit) or 'e.g. 0.01dur'}",
             )
+
+
+def _decay_fits(recipe: Unchecked, run: _Run, name: str, arguments: dict[str, Any]) -> None:
+    path, warmup = ("schedulers", name, "t_decay"), arguments["t_warmup"]
+    t_decay = arguments.get("t_decay", "0.9dur")
+    end, start = run.share(t_decay), run.share(warmup)
+    if run.counts_in(warmup) != run.counts_in(t_decay):
+        unit = UNITS[run.counts_in(warmup)]
+        recipe.fail(path, f"must count in {unit} as t_warmup ({warmup}) does, got {t_decay}")
+    elif end is not None and end > 1:
+        recipe.fail(
+            path,
+            f"must not be longer than max_duration ({run.max_duration}), got {t_decay}: the floor "
+            "would never be reached; or write it as a fraction, 0.9dur",
+        )
+    elif end is not None and start is not None and end <= start:
+        recipe.fail(path, f"must come after t_warmup ({warmup}), got {t_decay}")
 
 
 def _averages_before_the_end(recipe: Unchecked) -> None:

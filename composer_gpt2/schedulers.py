@@ -15,7 +15,7 @@ class CosineDecayToFloorScheduler(ComposerScheduler):
     """Linear warm-up, a cosine down to a floor, and the floor to the end of the run.
 
     Composer's cosine with warm-up ends with the run. Here the decay may end before: GPT* spends the
-    last tenth of its batches at the floor, nanoGPT calls it ``lr_decay_iters``.
+    last 6,000 of its 51,000 batches at the floor, nanoGPT calls it ``lr_decay_iters``.
 
     Args:
         t_warmup: Time from 0 to the peak rate.

@@ -19,7 +19,6 @@ from composer_gpt2.contract import (
     ArchitectureMismatchError,
     NoEffectError,
     Receipt,
-    installation_order,
     receipts,
 )
 from composer_gpt2.data.streaming import ShardError
@@ -95,9 +94,8 @@ def train(recipe: Recipe) -> None:
         if dist.get_global_rank() == 0:
             write_run_folder(recipe, dist.get_world_size(), proofs)
         n_parameters = sum(p.numel() for p in trainer.state.model.parameters())
-        drops_tokens = any(a.drops_tokens for a in installation_order(trainer.state.algorithms))
         rows = derived_numbers(
-            recipe, dist.get_world_size(), n_parameters, drops_tokens=drops_tokens
+            recipe, dist.get_world_size(), n_parameters, trainer.state.algorithms
         )
         rows |= algorithm_order(trainer)
         for proof in proofs:

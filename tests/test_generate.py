@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from composer_gpt2.algorithms import apply_alibi
 from composer_gpt2.generate import find_checkpoint, generate
 from composer_gpt2.model import GPT2Model
 from composer_gpt2.tokenizer import END_OF_TEXT, get_encoding
@@ -60,6 +61,19 @@ def test_numbers_out_of_range_are_refused(model, wrong):
 def test_a_prompt_that_does_not_fit_is_refused(model):
     with pytest.raises(ValueError, match=r"64 positions, got 61 \+ 10"):
         generate(model, " a" * 60, max_new_tokens=10)
+
+
+def test_a_model_without_positions_writes_on_beyond_them():
+    torch.manual_seed(17)
+    model = GPT2Model.from_name("gpt2-tiny", n_embd=32, n_positions=64)
+    assert model.context_length == 64
+    apply_alibi(model)
+    assert model.context_length is None
+    (text,) = generate(model, " a" * 60, max_new_tokens=30, temperature=0)
+    ids = [END_OF_TEXT, *get_encoding().encode_ordinary(" a" * 60)]
+    for _ in range(30):  # without a cache, the definition
+        ids.append(int(model.eval()({"input_ids": torch.tensor([ids])}).logits[0, -1].argmax()))
+    assert text == get_encoding().decode(ids[1:])
 
 
 def test_a_run_folder_stands_for_its_newest_checkpoint(tmp_path):

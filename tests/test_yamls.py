@@ -11,6 +11,7 @@ import yaml
 from transformers import GPT2LMHeadModel
 
 from composer_gpt2 import registry
+from composer_gpt2.algorithms import ALiBi
 from composer_gpt2.configs import get_config
 from composer_gpt2.recipe import Recipe, load_recipe
 
@@ -211,7 +212,10 @@ def test_gpt_star(name):
     config = get_config(recipe.model.name)
     assert (config.n_layer, config.n_embd) == (n_layers, d_model)
     assert config.n_embd // config.n_head == d_head
-    assert recipe.train_batch_size * recipe.data.sequence_length == 1024 * 512
+    assert recipe.tokens_per_batch == 1024 * 512
+    alibi = ALiBi(**recipe.algorithms["alibi"])
+    assert alibi.sequence_length_after(recipe.data.sequence_length) == 512
+    assert recipe.data.sequence_length == 1024  # of evaluation
     assert recipe.max_duration == "51000ba"
     assert set(recipe.algorithms) == {"alibi", "parallel_residual", "gradient_clipping"}
     assert recipe.optimizer_arguments["weight_decay"] == 0.1

@@ -27,7 +27,7 @@ from transformers import AttentionInterface, GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from typing_extensions import override
 
-from composer_gpt2.batches import rescale_microbatch, split_sequences
+from composer_gpt2.batches import split_sequences
 from composer_gpt2.contract import (
     NoEffectError,
     Plan,
@@ -170,6 +170,7 @@ class ALiBi(SpeedupAlgorithm):
     stage = Stage.ATTENTION
     architectural = True
     free_on_resume = frozenset({"kernel"})
+    reads_any_length = True
 
     def __post_init__(self) -> None:
         scaling = self.train_sequence_length_scaling
@@ -197,7 +198,7 @@ class ALiBi(SpeedupAlgorithm):
                 f"{self.train_sequence_length_scaling}; use one over a divisor of it."
             )
         kernel = self.kernel or plan.model["attn_implementation"]
-        problem = _kernel_problem(kernel, plan.on_cpu is not False, plan.model["attn_pdrop"])
+        problem = _kernel_problem(kernel, plan.on_cpu is True, plan.model["attn_pdrop"])
         if problem:
             raise ValueError(problem)
 
@@ -215,13 +216,11 @@ class ALiBi(SpeedupAlgorithm):
 
     @override
     def apply_to_batch(self, batch: Batch, state: State) -> Batch:
-        rescale_microbatch(state, self.n_parts)
         return split_sequences(batch, self.n_parts, "alibi")
 
     @override
-    def after_batch(self, state: State) -> None:
-        if self.n_parts > 1:
-            rescale_microbatch(state, 1 / self.n_parts)
+    def sequence_length_after(self, sequence_length: int) -> int:
+        return sequence_length // self.n_parts
 
 
 class NoPositions(nn.Module):
@@ -312,14 +311,19 @@ def _flex(
     """FlexAttention over whole sequences; anything else is SDPA's."""
     if attention_mask is not None or not is_causal or key.device.type == "cpu":
         return _sdpa(layer, query, key, value, attention_mask, dropout, is_causal, **others)
-    slopes = layer.alibi_slopes
+    attend, mask = _compiled_flex_attention(), _causal_blocks(key.shape[-2], key.device)
+    bias = _score_bias(layer.alibi_slopes)
+    output = attend(query, key, value, score_mod=bias, block_mask=mask, scale=_scale(layer))
+    return output.transpose(1, 2), None
+
+
+def _score_bias(slopes: Tensor) -> Callable[..., Tensor]:
+    """The formula for one score, as FlexAttention takes it."""
 
     def add_bias(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return score - slopes[head] * (q - k)
 
-    attend, mask = _compiled_flex_attention(), _causal_blocks(key.shape[-2], key.device)
-    output = attend(query, key, value, score_mod=add_bias, block_mask=mask, scale=_scale(layer))
-    return output.transpose(1, 2), None
+    return add_bias
 
 
 @functools.cache
@@ -392,6 +396,25 @@ def _probe(layers: Sequence[GPT2Attention]) -> tuple[float, float]:
     same output whatever the order of those before it: the second number would be 0.
     """
     weight = layers[0].c_attn.weight
+    # Composer allows TF32 on GPUs, whose ten bits are below the precision that is asked for here.
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        error, change = _measure(layers, weight)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    # The type's precision, with room for sums in another order.
+    tolerance = 100 * torch.finfo(weight.dtype).eps
+    if not error < tolerance or not change > 0:
+        raise NoEffectError(
+            f"alibi measured attention that is {error:.2g} off its formula (at most "
+            f"{tolerance:.2g}) and changes by {change:.2g} when two tokens change places (more "
+            "than 0): the model's attention does not go through transformers' AttentionInterface."
+        )
+    return error, change
+
+
+def _measure(layers: Sequence[GPT2Attention], weight: Tensor) -> tuple[float, float]:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, _N_PROBED, weight.shape[0], generator=generator)
     hidden = hidden.to(weight.device, weight.dtype)
@@ -402,14 +425,6 @@ def _probe(layers: Sequence[GPT2Attention]) -> tuple[float, float]:
         _relative(_attend(layer, exchanged)[:, -1], _attend(layer, hidden)[:, -1])
         for layer in layers
     )
-    # The type's precision, with room for sums in another order.
-    tolerance = 100 * torch.finfo(weight.dtype).eps
-    if not error < tolerance or not change > 0:
-        raise NoEffectError(
-            f"alibi measured attention that is {error:.2g} off its formula (at most "
-            f"{tolerance:.2g}) and changes by {change:.2g} when two tokens change places (more "
-            "than 0): the model's attention does not go through transformers' AttentionInterface."
-        )
     return error, change
 
 

@@ -68,14 +68,17 @@ def apply_fused_gelu(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> 
             f"(activation_function is {activation!r}): {advice}; leave fused_gelu out."
         )
     parent, name = found[0]
-    plain = getattr(parent, name)
+    device = module.transformer.wte.weight.device
+    value_error, gradient_error = _probe(getattr(parent, name), ACT2FN[_FUSED], device)
+    if not max(value_error, gradient_error) < _TOLERANCE:
+        raise NoEffectError(
+            f"fused_gelu must be the same function within {_TOLERANCE:g}, got differences of "
+            f"{value_error:.2g} (values) and {gradient_error:.2g} (gradients); it leaves the model "
+            "as it was."
+        )
     for parent, name in found:
         setattr(parent, name, ACT2FN[_FUSED])
     module.config.activation_function = _FUSED
-
-    parent, name = found[0]
-    weight = module.transformer.wte.weight
-    value_error, gradient_error = _probe(plain, getattr(parent, name), weight.device)
     return Receipt(
         algorithm="fused_gelu",
         settings={},
@@ -106,6 +109,7 @@ class FusedGELU(SpeedupAlgorithm):
 
 
 _FUSED = "gelu_pytorch_tanh"
+_TOLERANCE = 1e-5  # float32, numbers up to 12
 
 
 def _probe(plain: nn.Module, fused: nn.Module, device: torch.device) -> tuple[float, float]:

@@ -223,6 +223,12 @@ def _join_with_addition(network: GPT2LMHeadModel) -> tuple[int, dict[str, float]
             "fused_layernorm needs torch.compile, and that a C++ compiler, on a CPU, got "
             f"{type(error).__name__}: {str(error).splitlines()[0]} Install g++ or leave it out."
         ) from error
+    if not (ours[0] <= 1.1 * errors[0] and ours[1] <= 1.1 * errors[1]):
+        raise NoEffectError(
+            "fused_layernorm must be as near float64 as the plain way, got errors of "
+            f"{ours[0]:.2g} and {ours[1]:.2g} (gradient), plain {errors[0]:.2g} and "
+            f"{errors[1]:.2g}; it leaves the model as it was."
+        )
     for block in blocks:
         block.__class__ = _FusedBlock  # no new object: its hooks, mode and settings stay
     count = sum(map(_emits_bfloat16, blocks))
@@ -288,7 +294,7 @@ def _liger() -> Callable[..., Tensor]:
     except ImportError as error:
         raise NoEffectError(
             "fused_layernorm needs Liger's kernels on a GPU, got none; run "
-            "`pip install liger-kernel`, or leave it out."
+            '`pip install "composer-gpt2[gpu]"`, or leave it out.'
         ) from error
     return liger_layer_norm
 
@@ -303,6 +309,12 @@ def _use_liger(network: GPT2LMHeadModel) -> tuple[int, dict[str, float]]:
     x = torch.randn(64, len(weight), generator=torch.Generator().manual_seed(17)).to(weight)
     with torch.no_grad():
         error = kernel(x, weight, bias, eps) - F.layer_norm(x, weight.shape, weight, bias, eps)
+    largest = float(error.abs().max())
+    if not largest < 100 * torch.finfo(weight.dtype).eps:
+        raise NoEffectError(
+            f"fused_layernorm must equal torch's LayerNorm, got a difference of {largest:.2g} from "
+            "Liger's; it leaves the model as it was."
+        )
     for norm in norms:
         norm.__class__ = _LigerLayerNorm
-    return len(norms), {"error": float(error.abs().max())}
+    return len(norms), {"error": largest}

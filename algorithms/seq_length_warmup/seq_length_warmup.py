@@ -23,8 +23,15 @@ from torch.optim import Optimizer
 from transformers import GPT2LMHeadModel
 from typing_extensions import override
 
-from composer_gpt2.batches import check_token_batch, rescale_microbatch, split_sequences
-from composer_gpt2.contract import NoEffectError, Plan, Receipt, SpeedupAlgorithm, Stage
+from composer_gpt2.batches import check_token_batch, split_sequences
+from composer_gpt2.contract import (
+    NoEffectError,
+    Plan,
+    Receipt,
+    SpeedupAlgorithm,
+    Stage,
+    installation_order,
+)
 from composer_gpt2.durations import parse_duration
 
 __all__ = [
@@ -237,33 +244,23 @@ class SequenceLengthWarmup(SpeedupAlgorithm):
         """Starts afresh."""
         self._forget_batch()
 
+    @override
     def apply_to_model(self, module: GPT2LMHeadModel, optimizers: Sequence[Optimizer]) -> Receipt:
-        """Changes nothing in the model; cuts a random batch to each length of the schedule."""
-        # The real length is known when the first batch comes; with learned positions it is at most
-        # this. The maximum must fit in, as a divisor where sequences are reshaped.
+        # Nothing changes in the model, and the length of the corpus is not known yet.
         T = int(module.config.n_positions)
-        if self.max_seq_length is not None:
-            n_fitting = max(1, T // self.max_seq_length)
-            T = max(T, self.max_seq_length) if self.truncate else n_fitting * self.max_seq_length
-        lengths = self._lengths(T)
-        if self._is_instant():
-            lengths = lengths[-1:]
-        _measure(lengths, T, self.truncate)
-        cut = [length for length in lengths if length < T]
-        if cut:
-            how = "truncates" if self.truncate else "reshapes"
-            changed = (
-                f"{how} batches, {self.schedule} over {self.duration}; sequences of {T:,} tokens "
-                f"would have {len(lengths)} distinct lengths"
-            )
-        else:
-            changed = "changes no batch: every length is the full one"
-        probe = {
-            "shortest": float(lengths[0]),
-            "longest": float(lengths[-1]),
-            "distinct_lengths": float(len(lengths)),
-        }
-        return Receipt(self.name, self.settings, changed, len(cut), probe)
+        if self._problem(T):
+            T = 2 * (self.max_seq_length or self.min_seq_length)
+        return self._receipt(T, "would have")
+
+    @override
+    def measure_run(self, state: State) -> Receipt | None:
+        T = getattr(getattr(state.dataloader, "dataset", None), "sequence_length", None)
+        if T is None:  # another data set's; the first batch tells
+            return None
+        for algorithm in installation_order(state.algorithms):
+            if algorithm.stage < self.stage:
+                T = algorithm.sequence_length_after(T)
+        return self._receipt(T, "have")
 
     def acts_on_batch(self, state: State) -> bool:
         """True until the warm-up is over; to the end of the run if there is a maximum."""
@@ -272,9 +269,6 @@ class SequenceLengthWarmup(SpeedupAlgorithm):
     def apply_to_batch(self, batch: Batch, state: State) -> Batch:
         """Cuts or reshapes the batch to the length of this time."""
         length = self._plan_batch(batch, state)
-        if not self.truncate:
-            self._microbatch_factor = batch["input_ids"].shape[1] // length
-            rescale_microbatch(state, self._microbatch_factor)
         return set_batch_sequence_length(batch, length, truncate=self.truncate)
 
     def match(self, event: Event, state: State) -> bool:
@@ -306,11 +300,10 @@ class SequenceLengthWarmup(SpeedupAlgorithm):
             super().apply(event, state, logger)
 
     def after_batch(self, state: State) -> None:
-        """Counts the tokens that were trained and puts the micro-batch size back."""
+        """Counts the tokens that were trained."""
         if self._planned_shape is None:
             return
         B, length = self._planned_shape
-        self._put_back_microbatch_size(state)
         self._planned_shape = None
         if self.truncate:
             # Composer counted the batch as the loader gave it. Ranks may have different batches.
@@ -327,16 +320,35 @@ class SequenceLengthWarmup(SpeedupAlgorithm):
 
     def _forget_batch(self) -> None:
         self._planned_shape: tuple[int, int] | None = None  # of the batch that is being trained
-        self._microbatch_factor = 1  # by which the micro-batch size is larger meanwhile
         self._announced = False
 
-    def _put_back_microbatch_size(self, state: State) -> None:
-        rescale_microbatch(state, 1 / self._microbatch_factor)
-        self._microbatch_factor = 1
+    def _receipt(self, T: int, have: str) -> Receipt:
+        """Cuts a random batch of sequences of ``T`` tokens to each length of the schedule."""
+        lengths = self._lengths(T)
+        if self._is_instant():
+            lengths = lengths[-1:]
+        _measure(lengths, T, self.truncate)
+        cut = [length for length in lengths if length < T]
+        how = "truncates" if self.truncate else "reshapes"
+        changed = (
+            f"{how} batches, {self.schedule} over {self.duration}; sequences of {T:,} tokens "
+            f"{have} {len(lengths)} distinct lengths"
+        )
+        probe = {
+            "shortest": float(lengths[0]),
+            "longest": float(lengths[-1]),
+            "distinct lengths": float(len(lengths)),
+        }
+        return Receipt(
+            self.name,
+            self.settings,
+            changed if cut else "changes no batch: its duration is 0",
+            len(cut),
+            probe,
+        )
 
     def _plan_batch(self, batch: Batch, state: State) -> int:
         """The length for this batch, which is kept in mind until the batch has been trained."""
-        self._put_back_microbatch_size(state)  # if the last batch was interrupted
         B, T = check_token_batch(batch, self.name)
         lengths = self._lengths(T)
         length = sequence_length_at(self._progress(state), **self._range(T))
@@ -373,9 +385,14 @@ class SequenceLengthWarmup(SpeedupAlgorithm):
                 f"got {self.min_seq_length}; nothing could grow. Lower it."
             )
         lengths = self._range(T)
+        longest = lengths["max_seq_length"]
+        if not self._is_instant() and self.min_seq_length == longest == T:
+            return (
+                f"seq_length_warmup's min_seq_length must be below the {T} tokens of a sequence, "
+                f"got {self.min_seq_length}; nothing would grow. Lower it, or leave it out."
+            )
         if self.truncate or (self._is_instant() and self.max_seq_length is None):
             return None
-        longest = lengths["max_seq_length"]
         if T % longest:
             return (
                 "seq_length_warmup's max_seq_length must divide the sequences' "

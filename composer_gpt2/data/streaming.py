@@ -71,6 +71,8 @@ class StreamingTokens(StreamingDataset):
         shuffle_block_size: Sequences among which is shuffled; None for streaming's choice.
         num_canonical_nodes: Number of interleaved ways through the corpus; the order depends on it
             and not on the number of machines.
+        sampling_method: Whether each epoch takes other sequences where a mixture takes a part of a
+            corpus ("balanced"), or the same ("fixed").
         predownload: Sequences a rank prepares ahead; None for ``8 * batch_size``.
         cache_limit: Bytes (or "100gb") on disk beyond which shards used longest ago are deleted;
             every thread that fetches may exceed it by one shard.
@@ -102,6 +104,7 @@ class StreamingTokens(StreamingDataset):
         shuffle_seed: int = 17,
         shuffle_block_size: int | None = None,
         num_canonical_nodes: int = 1,
+        sampling_method: str = "balanced",
         predownload: int | None = None,
         cache_limit: int | str | None = None,
         download_retry: int = 5,
@@ -155,6 +158,7 @@ class StreamingTokens(StreamingDataset):
                 shuffle_seed=shuffle_seed,
                 shuffle_block_size=shuffle_block_size,
                 num_canonical_nodes=num_canonical_nodes,
+                sampling_method=sampling_method,
                 predownload=predownload,
                 cache_limit=cache_limit,
                 download_retry=download_retry,

@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from training import N_TOKENS, VOCAB_SIZE, build_network, train
+from training import N_TOKENS, VOCAB_SIZE, build_network, train, trainer
 from transformers import GPT2Config, GPT2LMHeadModel, StaticCache
 
 from algorithms.alibi import ALiBi, alibi_bias, apply_alibi, linear_bias_slopes
-from algorithms.alibi.alibi import _FUNCTIONS, _kernel_problem
+from algorithms.alibi.alibi import _FUNCTIONS, _kernel_problem, _score_bias
 from composer_gpt2 import GPT2Model
 from composer_gpt2.contract import NoEffectError, Plan
 
@@ -252,11 +252,11 @@ def test_flex_attention_has_the_same_formula():
     slopes = layer.alibi_slopes
     query, key, value = torch.randn(3, 2, 5, 12, 8, generator=torch.Generator().manual_seed(0))
 
-    def add_bias(score, batch, head, q, k):
-        score = score - slopes[head] * (q - k)
+    def biased_and_causal(score, batch, head, q, k):
+        score = _score_bias(slopes)(score, batch, head, q, k)
         return torch.where(q >= k, score, -torch.inf)
 
-    by_flex = flex_attention(query, key, value, score_mod=add_bias, scale=8**-0.5)
+    by_flex = flex_attention(query, key, value, score_mod=biased_and_causal, scale=8**-0.5)
     by_sdpa, _ = _FUNCTIONS["sdpa"](layer, query, key, value, None, is_causal=True)
     assert isinstance(by_flex, torch.Tensor)
     torch.testing.assert_close(by_flex.transpose(1, 2), by_sdpa, rtol=0, atol=1e-5)
@@ -298,7 +298,7 @@ def test_a_scaling_that_divides_nothing_is_refused(scaling):
 
 def test_a_sequence_length_that_cannot_be_divided_is_refused():
     model = {"attn_implementation": "sdpa", "attn_pdrop": 0.0}
-    plan = Plan(1026, None, "1ba", True, "fp32", model)
+    plan = Plan(1026, True, "fp32", model)
     with pytest.raises(ValueError, match=r"\(1026\) into whole parts, got 0.25"):
         ALiBi(0.25).check_plan(plan)
     ALiBi(0.5).check_plan(plan)
@@ -323,6 +323,29 @@ def plain(layer, query, key, value, attention_mask, dropout=0.0, is_causal=None,
 
 
 # --- Training at a part of the length ------------------------------------------------------------
+
+
+def test_an_interrupted_batch_leaves_the_micro_batch_as_it_was():
+    from composer import Callback
+
+    class Interrupt(Callback):
+        shapes: list[tuple[int, ...]] = []  # noqa: RUF012
+        n_left = 1
+
+        def before_forward(self, state, logger):
+            self.shapes.append(tuple(state.batch["input_ids"].shape))
+            if self.n_left:
+                self.n_left -= 1
+                raise KeyboardInterrupt
+
+    watch = Interrupt()
+    run = trainer(build_network(), [ALiBi(0.25)], microbatch_size=1, callbacks=[watch])
+    with pytest.raises(KeyboardInterrupt):
+        run.fit()
+    run.fit()
+    run.close()
+    assert set(watch.shapes) == {(4, N_TOKENS // 4)}
+    assert run.state.device_train_microbatch_size == 1
 
 
 def test_batches_are_split_and_micro_batches_keep_their_tokens():

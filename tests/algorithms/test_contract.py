@@ -11,6 +11,7 @@ import pytest
 import torch
 from composer import Event
 from composer.algorithms import GradientClipping
+from composer.utils import dist
 from settings import ALGORITHMS, Case
 from torch import nn
 from training import N_TOKENS, VOCAB_SIZE, build_network, train, trainer, weights
@@ -94,15 +95,29 @@ def test_the_function_refuses_a_model_that_it_does_not_know(case: Case):
         case.function(nn.Linear(2, 2))
 
 
+@each_function
+def test_the_function_refuses_a_model_that_ddp_has_wrapped(case: Case):
+    """DDP would go on reducing the gradients of the parameters that were there before."""
+    assert case.function is not None
+    dist.initialize_dist("cpu")
+    model = build_network(case.cpu_precision)
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(),
+                                             rank=0, world_size=1)  # fmt: skip
+    with pytest.raises(NoEffectError, match="before a model is wrapped"):
+        case.function(nn.parallel.DistributedDataParallel(model))
+
+
 @each_case
 def test_a_batch_that_it_does_not_know_is_refused(case: Case):
     algorithm = case.make()
     run = trainer(build_network(case.cpu_precision), [algorithm])
-    if algorithm.acts_on_batch(run.state):
-        for batch in (torch.zeros(2, N_TOKENS), {"tokens": 1}, {"input_ids": torch.zeros(4)}):
-            with pytest.raises(NoEffectError, match=f"{algorithm.name} needs batches"):
-                algorithm.apply_to_batch(batch, run.state)
     run.close()
+    if not algorithm.acts_on_batch(run.state):
+        pytest.skip("it does not act on batches")
+    for batch in (torch.zeros(2, N_TOKENS), {"tokens": 1}, {"input_ids": torch.zeros(4)}):
+        with pytest.raises(NoEffectError, match=f"{algorithm.name} needs batches"):
+            algorithm.apply_to_batch(batch, run.state)
 
 
 # 5. Function equals class.

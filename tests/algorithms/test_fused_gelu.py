@@ -107,3 +107,13 @@ def test_nothing_to_fuse_is_an_error_with_the_reason():
 def test_the_class_is_rebuilt_from_its_text():
     assert repr(FusedGELU()) == "FusedGELU()"
     assert FusedGELU().settings == {}
+
+
+def test_a_kernel_that_is_another_function_is_refused(monkeypatch):
+    from algorithms.fused_gelu import fused_gelu as fused
+
+    monkeypatch.setattr(fused, "_FUSED", "gelu")  # the exact one differs by 1e-3
+    network = make_model()
+    with pytest.raises(NoEffectError, match="the same function within"):
+        apply_fused_gelu(network)
+    assert network.config.activation_function == "gelu_new"

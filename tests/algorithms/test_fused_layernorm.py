@@ -193,14 +193,7 @@ def test_float32_on_a_cpu_is_refused():
     model = GPT2Model(network(), tokenizer_name=None)
     with pytest.raises(NoEffectError, match="got fp32"):
         apply_fused_layernorm(model)
-    plan = Plan(
-        sequence_length=32,
-        microbatch_size=2,
-        max_duration="2ba",
-        on_cpu=True,
-        precision="fp32",
-        model={},
-    )
+    plan = Plan(sequence_length=32, on_cpu=True, precision="fp32", model={})
     with pytest.raises(ValueError, match="got fp32"):
         FusedLayerNorm().check_plan(plan)
     FusedLayerNorm().check_plan(dataclasses.replace(plan, precision="amp_bf16"))
@@ -236,10 +229,10 @@ def test_a_missing_compiler_is_said(monkeypatch):
         raise RuntimeError("No working C++ compiler found")
 
     torch._dynamo.reset()
-    monkeypatch.setattr(config, "force_disable_caches", True)
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
     model = network()
-    with pytest.raises(NoEffectError, match="Install g\\+\\+"):
+    no_cache = config.patch(force_disable_caches=True)
+    with no_cache, pytest.raises(NoEffectError, match="Install g\\+\\+"):
         apply_fused_layernorm(model, cpu_precision="amp_bf16")
     assert all(type(block) is GPT2Block for block in model.transformer.h)
     monkeypatch.undo()
@@ -258,3 +251,15 @@ def test_ligers_kernel_equals_layer_norm():
         either(ids, labels=ids).loss.backward()
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_kernel_that_is_another_function_is_refused(monkeypatch):
+    def off_by_ten_percent(x, y, weight, bias, eps):
+        stream, normalized = fused._plain(x, y, weight, bias, eps)
+        return stream, 1.1 * normalized
+
+    monkeypatch.setattr(fused, "_compiled", lambda: off_by_ten_percent)
+    module = network()
+    with pytest.raises(NoEffectError, match="as near float64 as the plain way"):
+        apply_fused_layernorm(module, cpu_precision="amp_bf16")
+    assert {type(block).__name__ for block in module.transformer.h} == {"GPT2Block"}

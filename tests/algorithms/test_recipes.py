@@ -24,14 +24,13 @@ FRAGMENTS = sorted((ROOT / "algorithms").glob("*/recipe.yaml"))
 SMALL = (
     "model={name: gpt2-tiny, n_embd: 32, dropout: 0.0}",
     "data.sequence_length=64",
-    "data.validation_split=null",
     "train_batch_size=8",
     "device_train_microbatch_size=2",
     "max_duration=3ba",
     "precision=amp_bf16",
     "eval_interval=null",
-    "eval_batch_size=null",
-    "eval_subset_num_batches=null",
+    "eval_batch_size=2",
+    "eval_subset_num_batches=1",
     "callbacks=null",
 )
 
@@ -79,7 +78,7 @@ def test_the_three_together_train_on_two_ranks_and_leave_receipts(tiny_corpus, t
     for effect in (
         "biased 2 of 2 attention layers, removed 32,768 position parameters",
         "fused 1 of 1 loss",
-        "truncates batches, linear over 0.3dur",
+        "truncates batches, linear over 0.3dur; sequences of 64 tokens have 8 distinct lengths",
     ):
         assert effect in said
     assert "at init " in said
@@ -96,12 +95,15 @@ def test_the_three_together_train_on_two_ranks_and_leave_receipts(tiny_corpus, t
     assert metrics["tokens"] == 8 * (8 + 64 + 64)
 
 
-def test_a_speedup_recipe_starts_on_two_ranks(tiny_corpus, tmp_path):
-    """Its algorithms, optimizer and schedule, on a network of seconds; the sizes do not differ."""
+@pytest.mark.parametrize("size", ["52m", "83m", "125m"])
+def test_a_speedup_recipe_starts_on_two_ranks(size, tiny_corpus, tmp_path):
+    """As it is, on a corpus and in a batch of seconds."""
     status, said = launch(
         tmp_path,
-        *("-f", str(ROOT / "yamls" / "gpt2-52m-speedup.yaml")),
-        *SMALL,
+        *("-f", str(ROOT / "yamls" / f"gpt2-{size}-speedup.yaml")),
+        *SMALL[1:],
+        "max_duration=2ba",
+        "save_interval=null",
         f"data.remote={tiny_corpus}",
         "schedulers.cosine_decay_with_warmup.t_warmup=1ba",
         "algorithms.seq_length_warmup.min_seq_length=8",
@@ -117,6 +119,8 @@ def test_a_speedup_recipe_starts_on_two_ranks(tiny_corpus, tmp_path):
         "fused_cross_entropy",
         "seq_length_warmup",
     ]
+    # Sequences of 64 tokens are trained as four of 16.
+    assert "sequences of 16 tokens have 2 distinct lengths" in said
     assert "50,304" in said
 
 
@@ -144,6 +148,27 @@ def small(tiny_corpus: Path, tmp_path: Path, *overrides: str, precision: str = "
         ("algorithms.pad_vocabulary={multiple_of: 0}", "above 0"),
         ("algorithms.seq_length_warmup={max_seq_length: 128}", "at most"),
         ("algorithms.seq_length_warmup={duration: 2dur}", "within the run"),
+        ("algorithms.seq_length_warmup={min_seq_length: 64}", "must be below the 64 tokens"),
+        (
+            "algorithms={alibi: {train_sequence_length_scaling: 0.25}, "
+            "seq_length_warmup: {min_seq_length: 32}}",
+            "at most the 16 tokens",
+        ),
+        (
+            "schedulers={cosine_decay_with_warmup: null, cosine_decay_to_floor_with_warmup: "
+            "{t_warmup: 1ba, t_decay: 900ba}}",
+            "must not be longer than max_duration",
+        ),
+        (
+            "schedulers={cosine_decay_with_warmup: null, cosine_decay_to_floor_with_warmup: "
+            "{t_warmup: 1ba, t_decay: 0.1dur}}",
+            "must come after t_warmup",
+        ),
+        (
+            "schedulers={cosine_decay_with_warmup: null, cosine_decay_to_floor_with_warmup: "
+            "{t_warmup: 1ba, t_decay: 1000tok}}",
+            "must count in batches",
+        ),
         ("algorithms.alibbi={}", "did you mean 'alibi'?"),
     ],
 )
