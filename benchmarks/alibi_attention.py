@@ -54,8 +54,8 @@ def main() -> None:
 `python benchmarks/alibi_attention.py --rounds {arguments.rounds} --hardware {arguments.hardware}`
 
 Forward and backward of attention alone, {N_SEQUENCES} x {N_TOKENS} tokens, {arguments.rounds}
-rounds in alternating order after one that is discarded, {torch.get_num_threads()} threads. Time over
-that of causal attention without biases in the same round: median and range.
+rounds in alternating order after one that is discarded, {torch.get_num_threads()} threads. Time
+over that of causal attention without biases in the same round: median and range.
 
 | heads of | type | causal, no biases | ALiBi, two more dimensions | ALiBi, a matrix |
 | --- | --- | --- | --- | --- |

@@ -255,8 +255,8 @@ def test_ligers_kernel_equals_layer_norm():
 
 def test_a_kernel_that_is_another_function_is_refused(monkeypatch):
     def off_by_ten_percent(x, y, weight, bias, eps):
-        stream, normalized = fused._plain(x, y, weight, bias, eps)
-        return stream, 1.1 * normalized
+        normalized = F.layer_norm(x + y, weight.shape, weight, bias, eps)
+        return x + y, 1.1 * normalized.bfloat16()
 
     monkeypatch.setattr(fused, "_compiled", lambda: off_by_ten_percent)
     module = network()

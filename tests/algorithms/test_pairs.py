@@ -89,8 +89,11 @@ def test_composers_own_resume_beside_ours(name: str, tmp_path):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # SWA's about several GPUs
-        whole, losses = run(save_folder=str(tmp_path), save_interval="1ba")
-        part, others = run(load_path=str(tmp_path / "ep0-ba2-rank0.pt"))
+        whole, losses = run(save_folder=str(tmp_path / "whole"), save_interval="1ba")
+        checkpoint = str(tmp_path / "whole" / "ep0-ba2-rank0.pt")
+        part, others = run(
+            load_path=checkpoint, save_folder=str(tmp_path / "part"), save_interval="1ba"
+        )
     assert others.of_batches == losses.of_batches[2:]
     end = weights(whole.state.model)
     for parameter, value in weights(part.state.model).items():

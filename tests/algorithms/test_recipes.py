@@ -133,6 +133,7 @@ def small(tiny_corpus: Path, tmp_path: Path, *overrides: str, precision: str = "
             f"data.remote={tiny_corpus}",
             f"run_folder={tmp_path / 'run'}",
             "device=cpu",
+            "schedulers.cosine_decay_with_warmup.t_warmup=1ba",
             *overrides,
         ],
     )

@@ -270,7 +270,7 @@ def test_a_plan_that_cannot_be_is_refused(arguments, sequence_length, message):
         SequenceLengthWarmup(**arguments).check_plan(make_plan(sequence_length))
 
 
-@pytest.mark.parametrize("sequence_length", [8, 64, 1000, 1023, 1024])
+@pytest.mark.parametrize("sequence_length", [9, 64, 1000, 1023, 1024])
 def test_truncating_takes_any_length(sequence_length):
     SequenceLengthWarmup().check_plan(make_plan(sequence_length))
     SequenceLengthWarmup(truncate=False, step_size=1, min_seq_length=3).check_plan(
