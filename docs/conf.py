@@ -13,12 +13,14 @@ from sphinx.util import logging
 DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent)]
 
-import composer_gpt2  # noqa: E402 (found through the line above)
+import algorithms  # noqa: E402 (found through the line above)
+import composer_gpt2  # noqa: E402
 
 project = "composer-gpt2"
 version = release = composer_gpt2.__version__
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_parser", "generated"]
 exclude_patterns = ["_build", "reference"]
+suppress_warnings = ["myst.xref_missing"]  # method cards link to benchmarks/, which has no page
 html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["tables.css"]
@@ -88,8 +90,9 @@ def check_public_names(app, env):
 
 
 def public_modules():
-    """The package and all modules in it whose path has no leading underscore."""
+    """The packages' modules, but for those whose path has a leading underscore."""
     yield composer_gpt2
-    for found in pkgutil.walk_packages(composer_gpt2.__path__, "composer_gpt2."):
-        if not any(part.startswith("_") for part in found.name.split(".")):
-            yield importlib.import_module(found.name)
+    for package in (composer_gpt2, algorithms):
+        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not any(part.startswith("_") for part in found.name.split(".")):
+                yield importlib.import_module(found.name)

@@ -30,6 +30,8 @@ ROOT = Path(__file__).parent.parent
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Registers the directives."""
+    for variable in ("OPENWEBTEXT_REMOTE", "MIXTURE_REMOTE"):  # the tables of recipes load them
+        os.environ.setdefault(variable, "unused")
     for name, write in {
         "command-options": command_options,
         "model-family": model_family,
@@ -106,7 +108,7 @@ def shipped_recipes(names: str) -> str:
     rows = []
     paths = [ROOT / "yamls" / f"{name}.yaml" for name in names.split()]
     for path in paths or sorted((ROOT / "yamls").glob("*.yaml"), key=_by_size):
-        loaded = recipe.load_recipe([path], ["data.remote=unused"])
+        loaded = recipe.load_recipe([path])
         n_parameters = scaling.parameter_count(_config(loaded))
         tokens = loaded.train_tokens
         assert tokens is not None  # no shipped recipe counts in epochs or seconds
@@ -287,7 +289,7 @@ def _config(loaded: recipe.Recipe) -> Any:
 
 def _by_size(path: Path) -> tuple[str, int]:
     """Families in alphabetic order, models of a family by size."""
-    loaded = recipe.load_recipe([path], ["data.remote=unused"])
+    loaded = recipe.load_recipe([path])
     return path.stem.partition("-")[0], scaling.parameter_count(_config(loaded))
 
 
