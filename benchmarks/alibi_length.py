@@ -131,7 +131,7 @@ def plot(results: list[dict], path: Path) -> None:
         low, high = [min(v) for v in values], [max(v) for v in values]
         axes.fill_between(LENGTHS, low, high, alpha=0.2, color=line.get_color())
     axes.axvline(TRAINED, color="grey", linestyle=":", label=f"trained at {TRAINED} tokens")
-    axes.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="validation perplexity")
+    axes.set(xscale="log", xlabel="tokens of context", ylabel="validation perplexity")
     axes.set_xticks(LENGTHS, [str(length) for length in LENGTHS])
     axes.minorticks_off()
     axes.legend()
