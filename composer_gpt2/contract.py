@@ -104,6 +104,8 @@ class Plan:
     precision: str
     model: Mapping[str, Any]
     """The settings of the configuration, as ``GPT2Config.to_dict()`` has them."""
+    algorithms: frozenset[str] = frozenset()
+    """The names of all algorithms of the run, in recipes."""
 
 
 class SpeedupAlgorithm(Algorithm):

@@ -173,6 +173,7 @@ def _algorithms_fit(recipe: Unchecked) -> None:
         on_cpu={"cpu": True, "gpu": False}.get(recipe["device",]),
         precision=recipe["precision",],
         model={**config.to_dict(), "attn_implementation": config._attn_implementation},
+        algorithms=frozenset(chosen),
     )
     for algorithm in installation_order(chosen.values()):
         try:

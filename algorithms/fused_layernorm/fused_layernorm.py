@@ -116,6 +116,11 @@ class FusedLayerNorm(SpeedupAlgorithm):
     def check_plan(self, plan: Plan) -> None:
         if plan.on_cpu and plan.precision != "amp_bf16":
             raise ValueError(_NOTHING_IN_FLOAT32.format(plan.precision))
+        if plan.on_cpu and "parallel_residual" in plan.algorithms:
+            raise ValueError(
+                "fused_layernorm needs, on a CPU, blocks in which a LayerNorm follows an addition, "
+                "got parallel_residual, which has none; leave one of the two out."
+            )
 
     @override
     def prepare(self, state: State) -> None:

@@ -147,6 +147,10 @@ def small(tiny_corpus: Path, tmp_path: Path, *overrides: str, precision: str = "
         ("algorithms.alibi={kernel: flex}", "trains on GPUs only"),
         ("algorithms.fused_layernorm={}", "needs precision amp_bf16 on a CPU"),
         ("algorithms.pad_vocabulary={multiple_of: 0}", "above 0"),
+        (
+            "algorithms={fused_layernorm: {}, parallel_residual: {}} precision=amp_bf16",
+            "got parallel_residual, which has none",
+        ),
         ("algorithms.seq_length_warmup={max_seq_length: 128}", "at most"),
         ("algorithms.seq_length_warmup={duration: 2dur}", "within the run"),
         ("algorithms.seq_length_warmup={min_seq_length: 64}", "must be below the 64 tokens"),
@@ -175,7 +179,7 @@ def small(tiny_corpus: Path, tmp_path: Path, *overrides: str, precision: str = "
 )
 def test_what_cannot_be_is_one_mistake_of_the_recipe(override, said, tiny_corpus, tmp_path):
     with pytest.raises(RecipeError) as error:
-        small(tiny_corpus, tmp_path, override)
+        small(tiny_corpus, tmp_path, *override.replace(" precision", "\nprecision").split("\n"))
     assert len(error.value.mistakes) == 1
     assert said in str(error.value)
 

@@ -272,10 +272,14 @@ def test_a_plan_that_cannot_be_is_refused(arguments, sequence_length, message):
 
 @pytest.mark.parametrize("sequence_length", [9, 64, 1000, 1023, 1024])
 def test_truncating_takes_any_length(sequence_length):
-    SequenceLengthWarmup().check_plan(make_plan(sequence_length))
-    SequenceLengthWarmup(truncate=False, step_size=1, min_seq_length=3).check_plan(
-        make_plan(sequence_length)
-    )
+    for algorithm in (
+        SequenceLengthWarmup(),
+        SequenceLengthWarmup(truncate=False, step_size=1, min_seq_length=3),
+    ):
+        algorithm.check_plan(make_plan(sequence_length))
+        lengths = algorithm._lengths(sequence_length)
+        assert len(lengths) > 1
+        assert lengths[-1] == sequence_length
 
 
 def test_the_receipt_has_the_schedule():
