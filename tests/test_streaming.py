@@ -51,18 +51,25 @@ for job in jobs:
     num_workers = job.pop("num_workers", 0)
     loaders.append(build_token_dataloader(StreamingTokens(**job), num_workers=num_workers))
 readers = [iter(loader) for loader in loaders]
-firsts = [next(reader) for reader in readers]
+firsts = []
+for reader in readers:
+    try:
+        firsts.append([next(reader)["input_ids"][:, 0].tolist()])
+    except ShardError as caught:  # another rank, which reads ahead, met the bad shard before
+        firsts.append(str(caught))
 print("started", flush=True)
 while wait_for and not os.path.exists(wait_for):
     time.sleep(0.05)
 failed = False
 for first, reader in zip(firsts, readers):
-    batches, error, begin = [first["input_ids"][:, 0].tolist()], None, time.monotonic()
+    begin = time.monotonic()
+    batches, error = ([], first) if isinstance(first, str) else (first, None)
     try:
-        for batch in reader:
+        for batch in reader if error is None else ():
             batches.append(batch["input_ids"][:, 0].tolist())
     except ShardError as caught:
-        error, failed = str(caught), True
+        error = str(caught)
+    failed = failed or error is not None
     print(json.dumps([batches, error, time.monotonic() - begin]), flush=True)
 if failed:
     time.sleep(2)  # on a busy machine the other rank is still in the barrier that we have left
