@@ -24,13 +24,14 @@ help:
 	@echo "make docs    set up, then build the documentation into docs/_build/html"
 	@echo "make clean   remove what the above made, except runs/"
 
-# uv installs the environment in half a minute where pip takes three; where it cannot, pip does.
+# uv installs the environment in a minute where pip takes three; where it cannot, pip does. Bytecode
+# is compiled once, for where PYTHONDONTWRITEBYTECODE is set each process would compile it again.
 define install
 	@$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info < (3, 13), \
 	    f"Python 3.10 to 3.12 is needed, this is {sys.version}; set PYTHON=python3.11"'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv \
-	    && $(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".[$(1)]" \
+	    && $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable ".[$(1)]" \
 	    || $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(1)]"
 	@touch $@
 endef

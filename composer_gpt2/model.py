@@ -14,12 +14,12 @@ import inspect
 import pickle
 import re
 import tempfile
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from composer.models import HuggingFaceModel
+from composer.models import HuggingFaceModel, huggingface
 from composer.utils import get_file
 from safetensors.torch import load_model as load_safetensors
 from torch import Tensor, nn
@@ -115,7 +115,8 @@ class GPT2Model(HuggingFaceModel):
         metrics: list[Metric] = [LanguageCrossEntropy(), LanguagePerplexity()]
         if tokenizer_name == "gpt2":
             metrics.append(BitsPerByte())
-        super().__init__(model=module, tokenizer=tokenizer, metrics=metrics, shift_labels=True)
+        with _known_to_be_causal():
+            super().__init__(model=module, tokenizer=tokenizer, metrics=metrics, shift_labels=True)
         self.register_load_state_dict_pre_hook(_without_extra_state)
         self.tokenizer_name = tokenizer_name
         self.cpu_precision = cpu_precision
@@ -280,6 +281,20 @@ class GPT2Model(HuggingFaceModel):
         if self.cpu_precision == "amp_bf16" and device.type == "cpu":
             return torch.autocast("cpu", torch.bfloat16)
         return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _known_to_be_causal() -> Iterator[None]:
+    """Spares Composer a question for which it imports every causal model of transformers.
+
+    That takes seconds, and with ``shift_labels`` given the answer decides nothing.
+    """
+    ask = huggingface._is_registered_causal_lm
+    huggingface._is_registered_causal_lm = lambda model: True
+    try:
+        yield
+    finally:
+        huggingface._is_registered_causal_lm = ask
 
 
 def _spelled(algorithms: Mapping[str, Mapping[str, Any]]) -> str:
