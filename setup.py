@@ -31,6 +31,7 @@ INSTALL_REQUIRES = [
     "tqdm>=4.64",
     "tokenizers>=0.21,<0.22",
     "torchmetrics>=1.0,<1.7.5",
+    "matplotlib>=3.7",
     "typer>=0.12",
     "typing-extensions>=4",
 ]
@@ -54,6 +55,7 @@ EXTRAS_REQUIRE = {
         "yamllint>=1.35",
     ],
     "docs": ["furo>=2024.8", "myst-parser>=4", "sphinx>=8"],
+    "bench": ["accelerate>=1"],  # for Hugging Face's Trainer, which `composer-gpt2 bench` times
     "eval": ["lm-eval[hf]>=0.4.9,<0.5"],
     "demo": ["gradio>=5"],
 }
@@ -97,7 +99,13 @@ setup(
         include=["composer_gpt2", "composer_gpt2.*", "algorithms", "algorithms.*"]
     ),
     package_data={
-        "composer_gpt2": ["assets/*", "configs/*.yaml", "py.typed"],
+        "composer_gpt2": [
+            "assets/*",
+            "configs/*.yaml",
+            "cpu_kernels/*.cpp",
+            "cpu_kernels/*.h",
+            "py.typed",
+        ],
         "algorithms": ["*/README.md", "*/recipe.yaml"],
     },
     install_requires=INSTALL_REQUIRES,
@@ -106,7 +114,10 @@ setup(
         "console_scripts": ["composer-gpt2 = composer_gpt2.cli:main"],
         # Under names of their own: llm-foundry has an `alibi` too, Composer's.
         "llmfoundry_algorithms": [
+            "composer_gpt2_activation_checkpointing"
+            " = algorithms.activation_checkpointing:ActivationCheckpointing",
             "composer_gpt2_alibi = algorithms.alibi:ALiBi",
+            "composer_gpt2_fused_block = algorithms.fused_block:FusedBlock",
             "composer_gpt2_fused_cross_entropy = algorithms.fused_cross_entropy:FusedCrossEntropy",
             "composer_gpt2_fused_gelu = algorithms.fused_gelu:FusedGELU",
             "composer_gpt2_fused_layernorm = algorithms.fused_layernorm:FusedLayerNorm",

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from composer_gpt2.build import _keep_freed_memory
+from composer_gpt2.memory import keep_freed_memory
 from composer_gpt2.model import GPT2Model
 from composer_gpt2.run_folder import versions
 
@@ -58,7 +58,7 @@ def run(contestant: str) -> dict[str, float]:
 
 def measure(arguments: argparse.Namespace) -> dict[str, float]:
     if arguments.contestant == "reuse":
-        _keep_freed_memory()
+        keep_freed_memory()
     torch.manual_seed(17)
     model = GPT2Model.from_name(arguments.model, dropout=0.0, cpu_precision="amp_bf16")
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)

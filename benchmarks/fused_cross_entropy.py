@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from algorithms.fused_cross_entropy import linear_cross_entropy
-from composer_gpt2.build import _keep_freed_memory
 from composer_gpt2.configs import get_config
+from composer_gpt2.memory import keep_freed_memory
 from composer_gpt2.run_folder import versions
 
 DEFAULT_ROWS = 1024
@@ -66,7 +66,7 @@ def main() -> None:
 
 def measure(model: str, autocast: bool, rows: int, B: int, T: int) -> tuple[float, float, float]:
     """Milliseconds of a pass, megabytes at its peak above the inputs, and the loss."""
-    _keep_freed_memory()  # as in our trainer
+    keep_freed_memory()  # as in our trainer
     config = get_config(model)
     torch.manual_seed(17)
     head = nn.Linear(config.n_embd, config.vocab_size, bias=False)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from algorithms.fused_layernorm.fused_layernorm import _add_and_normalize, _compiled
-from composer_gpt2.build import _keep_freed_memory
+from composer_gpt2.memory import keep_freed_memory
 from composer_gpt2.run_folder import versions
 
 ROWS, EPS, WARMUP = 4096, 1e-5, 3
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[512, 768, 1024])
     parser.add_argument("--rounds", type=int, default=30)
     arguments = parser.parse_args()
-    _keep_freed_memory()  # as in training
+    keep_freed_memory()  # as in training
     found = versions()
     print("# Residual addition and LayerNorm on a CPU")
     print()

@@ -20,7 +20,12 @@ if not any(folder.samefile(_ours) for folder in _found if folder.exists()):
     )
 
 # ruff: noqa: E402 - only after that check
+from algorithms.activation_checkpointing import (
+    ActivationCheckpointing,
+    apply_activation_checkpointing,
+)
 from algorithms.alibi import ALiBi, alibi_bias, apply_alibi, linear_bias_slopes
+from algorithms.fused_block import FusedBlock, apply_fused_block
 from algorithms.fused_cross_entropy import FusedCrossEntropy, apply_fused_cross_entropy
 from algorithms.fused_gelu import FusedGELU, apply_fused_gelu
 from algorithms.fused_layernorm import FusedLayerNorm, apply_fused_layernorm
@@ -31,6 +36,8 @@ from composer_gpt2.contract import NoEffectError
 
 __all__ = [
     "ALiBi",
+    "ActivationCheckpointing",
+    "FusedBlock",
     "FusedCrossEntropy",
     "FusedGELU",
     "FusedLayerNorm",
@@ -39,7 +46,9 @@ __all__ = [
     "ParallelResidual",
     "SequenceLengthWarmup",
     "alibi_bias",
+    "apply_activation_checkpointing",
     "apply_alibi",
+    "apply_fused_block",
     "apply_fused_cross_entropy",
     "apply_fused_gelu",
     "apply_fused_layernorm",

@@ -6,12 +6,11 @@ name in the recipe becomes a class through ``registry.py``.
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import math
 import os
-import platform
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -19,12 +18,13 @@ from typing import Any, cast
 import torch
 from composer import Algorithm, Callback, Trainer
 from composer.core import Batch, DataSpec, Evaluator
-from composer.utils import dist, get_device, reproducibility
+from composer.utils import collect_env, dist, get_device, reproducibility
 from torch import nn
 
 from composer_gpt2 import registry
 from composer_gpt2.contract import SpeedupAlgorithm
 from composer_gpt2.data.streaming import StreamingTokens, build_token_dataloader
+from composer_gpt2.memory import ReturnUnusedMemory, keep_freed_memory
 from composer_gpt2.model import GPT2Model
 from composer_gpt2.progress import ProgressLines
 from composer_gpt2.recipe import Recipe, RecipeError
@@ -50,11 +50,14 @@ def build_trainer(recipe: Recipe) -> Trainer:
         RecipeError: A batch size that this number of ranks does not divide, a GPU-only setting on a
             CPU, or shards that are missing or not what the recipe says.
     """
+    # The Trainer asks for the name of the processor, which another program takes a second to find;
+    # Composer keeps the answer.
+    threading.Thread(target=collect_env.get_cpu_model, daemon=True).start()
     device = get_device(recipe.device)
     on_cpu = device.name == "cpu"
     if on_cpu:
         _share_cores()
-        _keep_freed_memory()
+        keep_freed_memory()
     check_for_this_machine(recipe, n_ranks=dist.get_world_size(), on_cpu=on_cpu)
     dist.initialize_dist(device, recipe.dist_timeout)
     recipe = _name_run(recipe)
@@ -77,6 +80,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
             "list[Callback]",
             [
                 ProgressLines(None if progress_bar else recipe.log_interval),
+                *([ReturnUnusedMemory()] if on_cpu else []),
                 *_build_all("callbacks", recipe.callbacks),
             ],
         ),
@@ -308,17 +312,3 @@ def _share_cores() -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         n_cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, n_cores // dist.get_local_world_size()))
-
-
-def _keep_freed_memory() -> None:
-    """Has glibc reuse large blocks instead of returning them to the system after each use.
-
-    Logits are hundreds of megabytes; fetched from the kernel anew each time, their pages cost more
-    than the arithmetic on them (benchmarks/cpu_allocator_*.md). It takes more memory at the peak.
-    Other C libraries are left alone.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        m_mmap_max, m_trim_threshold = -4, -1  # <malloc.h>
-        libc = ctypes.CDLL(None)
-        libc.mallopt(m_mmap_max, 0)  # no block has a mapping of its own
-        libc.mallopt(m_trim_threshold, -1)  # and the heap never shrinks

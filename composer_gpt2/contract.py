@@ -69,6 +69,7 @@ class Stage(IntEnum):
     ATTENTION = 20  # attention and positions; sets the length at which a run trains
     BLOCK = 30  # how attention and MLP are joined
     KERNEL = 40  # the same function in a faster form, wherever the stages before left it
+    MEMORY = 45  # what the backward pass keeps of the blocks, in their last form
     LOSS = 50
     BATCH = 60  # the lengths of single batches
 

@@ -172,7 +172,11 @@ def _algorithms_fit(recipe: Unchecked) -> None:
         sequence_length=recipe["data", "sequence_length"],
         on_cpu={"cpu": True, "gpu": False}.get(recipe["device",]),
         precision=recipe["precision",],
-        model={**config.to_dict(), "attn_implementation": config._attn_implementation},
+        # A configuration says eager until a network is built from it, which chooses sdpa.
+        model={
+            **config.to_dict(),
+            "attn_implementation": model.get("attn_implementation") or "sdpa",
+        },
         algorithms=frozenset(chosen),
     )
     for algorithm in installation_order(chosen.values()):

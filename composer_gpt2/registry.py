@@ -183,7 +183,9 @@ _BUILT_IN: dict[Kind, tuple[Entry, ...]] = {
         ),
     ),
     "algorithms": (
+        _ours("activation_checkpointing", "ActivationCheckpointing", every=POSITIVE),
         _ours("alibi", "ALiBi"),
+        _ours("fused_block", "FusedBlock"),
         _ours("fused_cross_entropy", "FusedCrossEntropy"),
         _ours("fused_gelu", "FusedGELU"),
         _ours("fused_layernorm", "FusedLayerNorm"),

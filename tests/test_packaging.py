@@ -110,6 +110,8 @@ def test_the_wheel_holds_what_runs_need_and_works_in_an_empty_environment(
     assert "composer_gpt2/assets/LICENSE.md" in names
     assert "composer_gpt2/configs/family.yaml" in names
     assert "composer_gpt2/py.typed" in names
+    kernels = ("attention.cpp", "pointwise.cpp", "lanes.h")  # compiled where they run
+    assert {f"composer_gpt2/cpu_kernels/{name}" for name in kernels} <= names
     recipes = {f"composer_gpt2/yamls/{path.name}" for path in (ROOT / "yamls").glob("*.yaml")}
     assert len(recipes) > 15
     assert recipes <= names

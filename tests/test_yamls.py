@@ -202,6 +202,25 @@ def test_a_speedup_recipe_differs_in_its_algorithms_only(name):
     assert speedup.model_copy(update={"algorithms": plain.algorithms}) == plain
 
 
+FAST = ("gpt2-52m", "gpt2-125m")
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_fast_recipe_trains_the_same_without_dropout(name):
+    plain = load(name)
+    for kind, algorithms in {
+        "fast": {"fused_block", "fused_cross_entropy"},
+        "fast-gpu": {"fused_cross_entropy", "pad_vocabulary"},
+    }.items():
+        fast = load(f"{name}-{kind}")
+        assert set(fast.algorithms) - set(plain.algorithms) == algorithms
+        assert fast.model.config_overrides == {"dropout": 0.0}
+        assert fast.compile is (kind == "fast-gpu")
+        unchanged = ("algorithms", "model", "compile", "device_train_microbatch_size")
+        same = {field: getattr(plain, field) for field in unchanged}
+        assert fast.model_copy(update=same) == plain
+
+
 GPT_STAR = {"gptstar-127m": (6, 1024, 128), "gptstar-303m": (8, 1536, 192)}
 
 
@@ -233,5 +252,6 @@ def test_gpt_stars_mixture_sees_its_third_corpus_half_as_often():
 def test_every_recipe_is_looked_at():
     small = {"gpt2-tiny", "quickstart", "smoke"}
     speedups = {f"{name}-speedup" for name in SPEEDUPS}
+    fast = {f"{name}-{kind}" for name in FAST for kind in ("fast", "fast-gpu")}
     stars = {*GPT_STAR, "gptstar-127m-mixture"}
-    assert set(NAMES) == {*COMPOSER, *GPT3, *OPENAI, *small, *speedups, *stars}
+    assert set(NAMES) == {*COMPOSER, *GPT3, *OPENAI, *small, *speedups, *fast, *stars}

@@ -1,25 +1,32 @@
 """Every algorithm once, as the tests that all of them must pass need it.
 
-Sequences of the tests have 32 tokens, the model 2 layers of width 32 with 4 heads and no dropout.
+Sequences of the tests have 32 tokens, the model 2 layers of width 32 with 2 heads and no dropout.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from algorithms.activation_checkpointing import (
+    ActivationCheckpointing,
+    apply_activation_checkpointing,
+)
 from algorithms.alibi import ALiBi, apply_alibi
+from algorithms.fused_block import FusedBlock, apply_fused_block
 from algorithms.fused_cross_entropy import FusedCrossEntropy, apply_fused_cross_entropy
 from algorithms.fused_gelu import FusedGELU, apply_fused_gelu
 from algorithms.fused_layernorm import FusedLayerNorm, apply_fused_layernorm
 from algorithms.pad_vocabulary import PadVocabulary, apply_pad_vocabulary
 from algorithms.parallel_residual import ParallelResidual, apply_parallel_residual
 from algorithms.seq_length_warmup import SequenceLengthWarmup
+from composer_gpt2 import cpu_kernels
 from composer_gpt2.contract import SpeedupAlgorithm
 from composer_gpt2.model import CPUPrecision
 
-__all__ = ["ALGORITHMS", "Case"]
+__all__ = ["ALGORITHMS", "Case", "runs_here"]
 
 
 @dataclass(frozen=True)
@@ -36,9 +43,16 @@ class Case:
     """The precision in which it has an effect."""
     neutral: Callable[[], SpeedupAlgorithm] | None = None
     """Settings under which training is bitwise that without it; None if it has none."""
+    needs_cpu_kernels: bool = False
+    """Whether it refuses a CPU without AVX512-BF16, where its tests are skipped."""
 
 
 ALGORITHMS: dict[str, Case] = {
+    "activation_checkpointing": Case(
+        make=lambda: ActivationCheckpointing(every=2),
+        function=lambda model: apply_activation_checkpointing(model, every=2),
+        changes_loss=False,
+    ),
     "alibi": Case(make=ALiBi, function=apply_alibi, changes_loss=True),
     "alibi at half the length": Case(
         make=lambda: ALiBi(train_sequence_length_scaling=0.5), function=None, changes_loss=True
@@ -57,6 +71,13 @@ ALGORITHMS: dict[str, Case] = {
     ),
     "parallel_residual": Case(
         make=ParallelResidual, function=apply_parallel_residual, changes_loss=True
+    ),
+    "fused_block": Case(
+        make=FusedBlock,
+        function=apply_fused_block,
+        changes_loss=False,
+        cpu_precision="amp_bf16",
+        needs_cpu_kernels=True,
     ),
     "fused_layernorm": Case(
         make=FusedLayerNorm,
@@ -77,3 +98,17 @@ ALGORITHMS: dict[str, Case] = {
         neutral=lambda: SequenceLengthWarmup(duration="0dur", truncate=False),
     ),
 }
+
+
+@functools.cache
+def _has_cpu_kernels() -> bool:
+    try:
+        cpu_kernels.kernel_library()
+    except cpu_kernels.KernelsUnavailableError:
+        return False
+    return True
+
+
+def runs_here(case: Case) -> bool:
+    """Whether this machine can run it."""
+    return not case.needs_cpu_kernels or _has_cpu_kernels()

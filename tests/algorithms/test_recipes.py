@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from settings import ALGORITHMS, runs_here
 
 from composer_gpt2.build import build_trainer
 from composer_gpt2.contract import ArchitectureMismatchError
@@ -19,6 +20,10 @@ from composer_gpt2.recipe import RecipeError, load_recipe
 ROOT = Path(__file__).parents[2]
 COMPOSER = str(Path(sys.executable).with_name("composer"))
 FRAGMENTS = sorted((ROOT / "algorithms").glob("*/recipe.yaml"))
+NEEDS_KERNELS = pytest.mark.skipif(
+    not runs_here(ALGORITHMS["fused_block"]),
+    reason="needs a CPU with AVX512-BF16 and a C++ compiler",
+)
 
 # A network and a corpus of seconds, under any recipe that is shipped.
 SMALL = (
@@ -95,6 +100,25 @@ def test_the_three_together_train_on_two_ranks_and_leave_receipts(tiny_corpus, t
     assert metrics["tokens"] == 8 * (8 + 64 + 64)
 
 
+@NEEDS_KERNELS
+@pytest.mark.parametrize("size", ["52m", "125m"])
+def test_a_fast_recipe_starts_on_two_ranks(size, tiny_corpus, tmp_path):
+    """As it is, on a corpus and in a batch of seconds."""
+    status, said = launch(
+        tmp_path,
+        *("-f", str(ROOT / "yamls" / f"gpt2-{size}-fast.yaml")),
+        *SMALL[1:],
+        "max_duration=2ba",
+        "save_interval=null",
+        f"data.remote={tiny_corpus}",
+        "schedulers.cosine_decay_with_warmup.t_warmup=1ba",
+        "run_name=fast",
+    )
+    assert status == 0, said
+    proofs = json.loads((tmp_path / "runs" / "fast" / "receipts.json").read_text())
+    assert [proof["algorithm"] for proof in proofs] == ["fused_block", "fused_cross_entropy"]
+
+
 @pytest.mark.parametrize("size", ["52m", "83m", "125m"])
 def test_a_speedup_recipe_starts_on_two_ranks(size, tiny_corpus, tmp_path):
     """As it is, on a corpus and in a batch of seconds."""
@@ -150,6 +174,10 @@ def small(tiny_corpus: Path, tmp_path: Path, *overrides: str, precision: str = "
         (
             "algorithms={fused_layernorm: {}, parallel_residual: {}} precision=amp_bf16",
             "got parallel_residual, which has none",
+        ),
+        (
+            "algorithms={fused_block: {}, fused_gelu: {}} precision=amp_bf16",
+            "a fused block has GELU in one kernel",
         ),
         ("algorithms.seq_length_warmup={max_seq_length: 128}", "at most"),
         ("algorithms.seq_length_warmup={duration: 2dur}", "within the run"),
