@@ -342,6 +342,7 @@ def _our_trainer_loop(
     from composer.algorithms import GradientClipping
     from composer.optim import ConstantScheduler
 
+    from composer_gpt2.memory import ReturnUnusedMemory
     from composer_gpt2.model import GPT2Model
     from composer_gpt2.progress import ProgressLines
 
@@ -357,7 +358,11 @@ def _our_trainer_loop(
         optimizers=_our_optimizer(settings, model, LEARNING_RATE),
         schedulers=ConstantScheduler(),  # a recipe's may refuse so short a run, and cost the same
         algorithms=chosen,
-        callbacks=[ProgressLines(settings.recipe["log_interval"]), *callbacks],
+        callbacks=[
+            ProgressLines(settings.recipe["log_interval"]),
+            ReturnUnusedMemory(),
+            *callbacks,
+        ],
     )
 
 
