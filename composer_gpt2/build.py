@@ -123,10 +123,10 @@ def build_model(recipe: Recipe, *, on_cpu: bool) -> GPT2Model:
 def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """The recipe's optimizer over the groups of :func:`parameter_groups`.
 
-    AdamW runs as one fused kernel unless the recipe chooses another implementation.
+    AdamW, Adam and SGD run as one fused kernel unless the recipe chooses another implementation.
     """
     arguments = recipe.optimizer_arguments
-    if recipe.optimizer_name == "adamw" and not arguments.keys() & {
+    if recipe.optimizer_name in ("adamw", "adam", "sgd") and not arguments.keys() & {
         "capturable",
         "differentiable",
         "foreach",

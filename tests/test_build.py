@@ -109,6 +109,14 @@ def test_adamw_is_fused_unless_told_otherwise(load):
     assert build.build_optimizer(recipe, model).defaults["fused"] is None
 
 
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_so_are_adam_and_sgd(load, name):
+    recipe = load(f"optimizer={{adamw: null, {name}: {{lr: 1.0e-3}}}}")
+    optimizer = build.build_optimizer(recipe, build_model(recipe, on_cpu=True))
+    assert type(optimizer).__name__.lower() == name
+    assert optimizer.defaults["fused"] is True
+
+
 # The Trainer is what the recipe says.
 
 

@@ -65,7 +65,7 @@ def apply_fused_block(
         model: A ``GPT2LMHeadModel``, or a ``GPT2Model`` that holds one; changed in place.
         optimizers: Ignored; all parameters stay.
         recompute_mlp: Whether the backward pass computes the first product of the MLP again instead
-            of keeping it: of what a block keeps, a third; of its products, one in twelve more.
+            of keeping it, which is a third of what a block keeps; products become a ninth more.
 
     Returns:
         The probe is the relative error of a block's output and of its input's gradient against the
