@@ -127,7 +127,7 @@ def flat(batches) -> list[int]:
 class Readers:
     """READER in one rank, once in the process itself and once in workers, or in two ranks."""
 
-    def __init__(self, n_ranks, jobs, wait_for=None):
+    def __init__(self, n_ranks, jobs, wait_for=None, before=""):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -143,7 +143,7 @@ class Readers:
                 "OMP_NUM_THREADS": 1,
             }
             process = subprocess.Popen(
-                [sys.executable, "-c", READER, json.dumps([jobs, wait_for])],
+                [sys.executable, "-c", before + READER, json.dumps([jobs, wait_for])],
                 env={**os.environ, **{key: str(value) for key, value in world.items()}},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -378,6 +378,25 @@ def test_a_fault_that_passes_is_outlasted(corpus, monkeypatch):
 
 
 # --- Order
+
+
+# The number that a rank finds free is its own, as if another run had come or gone meanwhile.
+OTHER_NUMBERS = """
+import os
+from streaming.base.shared import prefix
+
+find = prefix._check_and_find_retrying
+prefix._check_and_find_retrying = lambda *a, **k: find(*a, **k) + int(os.environ["RANK"])
+"""
+
+
+def test_ranks_agree_where_they_share_memory_while_other_runs_come_and_go(corpus, tmp_path):
+    jobs = jobs_for(2, tmp_path, local=str(corpus))
+    results = Readers(2, jobs, before=OTHER_NUMBERS).finish()
+    for code, ((batches, error, _),), err in results:
+        assert code == 0, err
+        assert error is None
+        assert len(batches) == N_SAMPLES // 4
 
 
 def test_two_ranks_take_the_global_batches_of_one(corpus):

@@ -13,11 +13,20 @@ import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from glob import glob
+from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 from filelock import FileLock
-from streaming.base.shared import SharedArray, SharedMemory
-from streaming.base.shared.prefix import _unpack_locals
+from streaming.base import dataset as streaming_dataset
+from streaming.base.constant import LOCALS, SHM_TO_CLEAN
+from streaming.base.shared import SharedArray, SharedMemory, get_shm_prefix
+from streaming.base.shared.prefix import (
+    _check_and_find_retrying,
+    _get_path,
+    _unpack_locals,
+)
+from streaming.base.world import World
 
 __all__ = ["SharedFailure", "mark_in_use", "registration"]
 
@@ -67,7 +76,8 @@ def registration(folders: Collection[str], is_local_leader: bool) -> Iterator[No
     """Surrounds the making of a dataset, which takes the next free number in shared memory.
 
     Only one dataset of the machine is made at a time (streaming lets two take the same number), and
-    what dead ones left behind for the same folders is removed first.
+    what dead ones left behind for the same folders is removed first. Ranks other than the first
+    take its number; streaming's own guess it.
 
     Args:
         folders: Absolute paths of the folders in which the dataset will cache.
@@ -82,6 +92,7 @@ def registration(folders: Collection[str], is_local_leader: bool) -> Iterator[No
     with FileLock(path) if is_local_leader else nullcontext():
         if is_local_leader:
             _remove_leftovers(folders)
+        streaming_dataset.get_shm_prefix = _take_number
         try:
             yield
         except ValueError as error:
@@ -92,6 +103,34 @@ def registration(folders: Collection[str], is_local_leader: bool) -> Iterator[No
                 f"of another running process, uses one of {folders}; set `local` or "
                 "COMPOSER_GPT2_CACHE to another folder."
             ) from error
+        finally:
+            streaming_dataset.get_shm_prefix = get_shm_prefix
+
+
+def _take_number(
+    streams_local: list[str], streams_remote: list[str | None], world: World, retry: int = 100
+) -> tuple[int, SharedMemory]:
+    """What streaming's ``get_shm_prefix`` does, but that the first rank of a machine decides.
+
+    There each rank takes the first number that is free when it looks, which is another one than the
+    leader's if a dataset of another run is made or ends in between.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return get_shm_prefix(streams_local, streams_remote, world, retry)
+    number, segment = -1, None
+    if world.is_local_leader:
+        number, segment = get_shm_prefix(streams_local, streams_remote, world, retry)
+    else:
+        for name in SHM_TO_CLEAN:  # for its errors, which all ranks shall raise
+            _check_and_find_retrying(streams_local, streams_remote, shm_name=name, retry=retry)
+        for _ in range(2):  # before and after the leader registers
+            dist.barrier()
+    numbers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(numbers, (world.node, number))
+    if segment is None:
+        number = max(number for node, number in numbers if node == world.node)
+        segment = SharedMemory(_get_path(number, LOCALS), False)
+    return number, segment
 
 
 def _remove_leftovers(folders: Collection[str]) -> None:
