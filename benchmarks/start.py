@@ -43,7 +43,7 @@ PHASES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="gpt2-125m")
+    parser.add_argument("--recipe", default="gpt2-125m-fast")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--sequence-length", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace, tree: Path, folder: Path) -> dict[str, fl
 
 def settings(arguments: argparse.Namespace, folder: Path) -> list[str]:
     return [
-        *("-f", f"yamls/{arguments.model}.yaml"),
+        *("-f", f"yamls/{arguments.recipe}.yaml"),
         f"data.remote={folder}/corpus",
         "data.validation_split=null",
         f"data.sequence_length={arguments.sequence_length}",
@@ -183,7 +183,7 @@ def report(arguments: argparse.Namespace, rounds: list[dict[str, dict[str, float
     command = " ".join(
         f"--{name} {value}"
         for name, value in (
-            ("model", arguments.model),
+            ("recipe", arguments.recipe),
             ("batch-size", arguments.batch_size),
             ("sequence-length", arguments.sequence_length),
             ("rounds", arguments.rounds),
@@ -193,7 +193,7 @@ def report(arguments: argparse.Namespace, rounds: list[dict[str, dict[str, float
     lines = [
         f"# From `composer run.py` to the end of the first batch: {arguments.hardware}",
         "",
-        f"{arguments.model}, {arguments.batch_size} x {arguments.sequence_length} tokens: "
+        f"{arguments.recipe}, {arguments.batch_size} x {arguments.sequence_length} tokens: "
         f"**{statistics.median(totals['this']):.1f} s** (median of {len(rounds)} runs, "
         f"{min(totals['this']):.1f} to {max(totals['this']):.1f})"
         + (
