@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from composer import State
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
@@ -138,10 +137,6 @@ class FusedBlock(SpeedupAlgorithm):
             problem = "fused_block has kernels for CPUs, got a GPU; leave it out there."
         if problem:
             raise ValueError(problem)
-
-    @override
-    def prepare(self, state: State) -> None:
-        """Nothing of the run matters."""
 
     @override
     def apply_to_model(self, module: GPT2LMHeadModel, optimizers: Sequence[Optimizer]) -> Receipt:
