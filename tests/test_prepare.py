@@ -598,7 +598,7 @@ def test_a_store_that_goes_away_is_one_error_that_says_how_to_go_on(monkeypatch)
         for variable, value in server.environment.items():
             monkeypatch.setenv(variable, value)
         server.create_bucket("soon-gone")
-        with open_store("s3://soon-gone/corpus") as store:
+        with open_store("s3://soon-gone/corpus", retries=1) as store:
             store.put_bytes("first", b"1")
             server.stop()
             with pytest.raises(ConnectionError, match="start the same command again"):

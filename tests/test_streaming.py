@@ -627,10 +627,10 @@ def test_a_missing_split_or_folder_is_named(corpus, tmp_path):
 # --- The store
 
 
-def fails_within_15_seconds(kind, match, remote):
+def fails_within_15_seconds(kind, match, remote, **options):
     begin = time.monotonic()
     with pytest.raises(kind, match=match):
-        StreamingTokens(remote=remote, sequence_length=T, batch_size=4)
+        StreamingTokens(remote=remote, sequence_length=T, batch_size=4, **options)
     assert time.monotonic() - begin < 15
 
 
@@ -663,7 +663,8 @@ def test_a_closed_port_is_an_unreachable_endpoint(s3_bucket, monkeypatch):
         free.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
     monkeypatch.setenv("S3_ENDPOINT_URL", endpoint)
-    fails_within_15_seconds(ConnectionError, f"must be reachable.*{endpoint}", "s3://bucket/x")
+    match = f"must be reachable.*{endpoint}"
+    fails_within_15_seconds(ConnectionError, match, "s3://bucket/x", download_retry=1)
 
 
 def test_a_server_that_never_answers_is_an_unreachable_endpoint(s3_bucket, monkeypatch):
@@ -672,7 +673,8 @@ def test_a_server_that_never_answers_is_an_unreachable_endpoint(s3_bucket, monke
         silent.listen()
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setenv("S3_ENDPOINT_URL", endpoint)
-        fails_within_15_seconds(ConnectionError, "ReadTimeout", "s3://bucket/x")
+        options = {"download_retry": 1, "download_timeout": 5}
+        fails_within_15_seconds(ConnectionError, "ReadTimeout", "s3://bucket/x", **options)
 
 
 # --- The cache
@@ -718,7 +720,15 @@ def test_a_cache_folder_of_another_corpus_is_refused(tmp_path, corpus):
     local = str(tmp_path / "mine")
     StreamingTokens(remote=str(corpus), local=local, sequence_length=T, batch_size=4)
     other = write_corpus(tmp_path / "other", first=500)
-    assert "got those of another corpus" in refused(other, local=local)
+    message = refused(other, local=local)
+    assert f"hold shards of {other}, got those of {corpus}" in message
+    index = corpus / "train/index.json"
+    index.write_bytes(index.read_bytes() + b"\n")  # the same address, another content
+    assert "got those of an older version of it" in refused(corpus, local=local)
+    # A corpus itself, which was never a cache, for example by a wrong `local`.
+    message = refused(other, local=str(corpus))
+    assert f"{corpus}/train must be empty" in message
+    assert "got those of another corpus, which does not say where it is from" in message
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

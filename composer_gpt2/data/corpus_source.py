@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from composer_gpt2.data.download import is_url, read_bytes
+from composer_gpt2.data.part_files import part_file, remove_dead_parts
 from composer_gpt2.tokenizer import RANKS_SHA256
 
 __all__ = ["DTYPE", "CorpusSource", "Expectation", "find_sources"]
 
 DTYPE = "uint16"  # enough for 50,257 tokens
 _COLUMN = "tokens"
+_CACHED_FROM = "cached-from"  # beside index.json in a cache: the address of its corpus
 _STREAM_KEYS = ("remote", "local", "split", "proportion", "repeat")
 
 
@@ -28,6 +30,9 @@ def find_sources(
     local: str | None,
     split: str,
     streams: Mapping[str, Mapping[str, Any]] | None,
+    *,
+    retries: int = 1,
+    timeout_seconds: float = 5.0,
 ) -> list[CorpusSource]:
     """The corpora to read from, each with its index read.
 
@@ -36,6 +41,8 @@ def find_sources(
         local: The same.
         split: The same.
         streams: The same.
+        retries: Attempts after the first one to read an index or a ``corpus.json``.
+        timeout_seconds: How long the store may stay silent within one attempt.
 
     Raises:
         ValueError: The arguments contradict, or an index is none.
@@ -49,7 +56,10 @@ def find_sources(
             f"local={local!r}, streams={list(streams)}); drop one."
         )
     # By name: the order in which a recipe lists them must not change the order of training.
-    sources = [_find_source(name, stream, split) for name, stream in sorted(streams.items())]
+    sources = [
+        _find_source(name, stream, split, retries, timeout_seconds)
+        for name, stream in sorted(streams.items())
+    ]
     if len({source.proportion is None for source in sources}) > 1:
         given = {source.name: source.proportion for source in sources}
         raise ValueError(f"All streams must have a proportion, or none of them, got {given}.")
@@ -82,6 +92,8 @@ class CorpusSource:
         split: Subfolder of both.
         proportion: Share in a mixture, or None.
         repeat: How often its sequences come in an epoch, or None for once.
+        retries: Attempts after the first one to read the index or ``corpus.json``.
+        timeout_seconds: How long the store may stay silent within one attempt.
         n_samples: Sequences in the split.
         in_place: Whether the shards are read where they are, without a cache.
         folder: Absolute path of the corpus or its cache, from which is read.
@@ -93,10 +105,12 @@ class CorpusSource:
     local: str | None
     split: str
     proportion: float | None
-    repeat: float | None = None
+    repeat: float | None
+    retries: int
+    timeout_seconds: float
 
     def __post_init__(self) -> None:
-        self._index_bytes = read_bytes(os.path.join(self.remote, self.split, "index.json"))
+        self._index_bytes = self._read(os.path.join(self.remote, self.split, "index.json"))
         self._shards = _parse_index(self._index_bytes, self.name)
         self.n_samples = sum(shard["samples"] for shard in self._shards)
         # Packed shards are unpacked into the cache: nothing is ever written to a source folder.
@@ -133,32 +147,46 @@ class CorpusSource:
             problems += self._description_problems(expected, expected.tokenizer)
         return [f"{self.name}: {problem}." for problem in problems]
 
-    def write_index(self) -> None:
+    def prepare_cache(self) -> None:
         """Leaves the index that was checked in the cache folder, where streaming looks first.
+
+        What processes that were killed had begun to write there is removed.
 
         Raises:
             ValueError: The folder holds the shards of another corpus.
+            OSError: It cannot be written to.
         """
-        path = os.path.join(self.shard_folder, "index.json")
         os.makedirs(self.shard_folder, exist_ok=True)
+        remove_dead_parts(self.shard_folder)
+        path = os.path.join(self.shard_folder, "index.json")
         if os.path.exists(path):
             with open(path, "rb") as file:
                 if file.read() == self._index_bytes:
                     return
             raise ValueError(
                 f"{self.name}: the cache folder {self.shard_folder} must be empty or hold shards "
-                f"of {self.remote}, got those of another corpus or of an older version of it; "
-                "delete it or set `local` to another folder."
+                f"of {self.remote}, got those of {self._cached_corpus()}; delete it or set `local` "
+                "to another folder."
             )
-        part = f"{path}.part-{os.getpid()}"  # every rank writes it, and they write the same
-        with open(part, "wb") as file:
-            file.write(self._index_bytes)
-        os.replace(part, path)
+        # Every rank writes them, and they write the same.
+        _write(os.path.join(self.shard_folder, _CACHED_FROM), self.remote.encode())
+        _write(path, self._index_bytes)
+
+    def _cached_corpus(self) -> str:
+        try:
+            with open(os.path.join(self.shard_folder, _CACHED_FROM)) as file:
+                theirs = file.read()
+        except FileNotFoundError:  # not a cache of ours, but a corpus, or made by another program
+            return "another corpus, which does not say where it is from"
+        return "an older version of it" if theirs == self.remote else theirs
+
+    def _read(self, url: str) -> bytes:
+        return read_bytes(url, retries=self.retries, timeout_seconds=self.timeout_seconds)
 
     def _description_problems(self, expected: Expectation, tokenizer: str) -> list[str]:
         url = os.path.join(self.remote, "corpus.json")
         try:
-            corpus = _parse_json(read_bytes(url), self.name)
+            corpus = _parse_json(self._read(url), self.name)
         except FileNotFoundError:
             return [
                 f"{url} must say with which tokenizer the shards were made, but there is none; "
@@ -181,7 +209,13 @@ class CorpusSource:
         ]
 
 
-def _find_source(name: str, stream: Mapping[str, Any], default_split: str) -> CorpusSource:
+def _find_source(
+    name: str,
+    stream: Mapping[str, Any],
+    default_split: str,
+    retries: int,
+    timeout_seconds: float,
+) -> CorpusSource:
     if unknown := sorted(set(stream) - set(_STREAM_KEYS)):
         raise ValueError(f"Stream {name!r} may have the keys {_STREAM_KEYS}, got {unknown}.")
     remote, local = stream.get("remote"), stream.get("local")
@@ -204,13 +238,20 @@ def _find_source(name: str, stream: Mapping[str, Any], default_split: str) -> Co
         )
     split = stream.get("split", default_split)
     label = os.path.join(name, split).rstrip("/")
-    return CorpusSource(label, remote.rstrip("/"), local, split, proportion, repeat)
+    return CorpusSource(
+        label, remote.rstrip("/"), local, split, proportion, repeat, retries, timeout_seconds
+    )
 
 
 def _default_cache(remote: str, index_bytes: bytes) -> str:
     root = os.environ.get("COMPOSER_GPT2_CACHE") or os.path.expanduser("~/.cache/composer-gpt2")
     key = hashlib.blake2s(remote.encode() + b"\0" + index_bytes, digest_size=16).hexdigest()
     return os.path.join(root, key)
+
+
+def _write(path: str, data: bytes) -> None:
+    with part_file(path) as part, open(part, "wb") as file:
+        file.write(data)
 
 
 def _parse_index(data: bytes, name: str) -> list[dict[str, Any]]:

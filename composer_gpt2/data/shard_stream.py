@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 
 import numpy as np
 from streaming import Stream
@@ -12,6 +13,7 @@ from streaming.base.format import FileInfo, Reader
 from streaming.base.hashing import get_hash
 
 from composer_gpt2.data.download import download
+from composer_gpt2.data.part_files import part_file
 from composer_gpt2.data.shared_state import SharedFailure
 
 __all__ = ["ShardError", "ShardStream"]
@@ -41,9 +43,11 @@ class ShardStream(Stream):
 
     Attributes:
         failure: Once it is set, by whichever process, a remote that is down is not waited for.
+        is_abandoned: Nor is it once this returns true: the process ends, or another epoch begins.
     """
 
     failure: SharedFailure | None = None
+    is_abandoned: Callable[[], bool] | None = None
 
     def __init__(
         self,
@@ -106,39 +110,42 @@ class ShardStream(Stream):
         path = self._path(raw)
         if self.remote is None:
             raise ShardError(f"Shard {path} must exist, as index.json lists it, but it does not.")
-        part = f"{path}.part-{os.getpid()}"
         try:
-            data = self._download(packed or raw, part)
-            if packed:
-                data = decompress(shard.compression, data)
-                if fault := _fault(data, raw):
-                    raise ShardError(_bad_shard(self._url(packed), f"unpacked, {fault}"))
-                with open(part, "wb") as file:
-                    file.write(data)
-            os.replace(part, path)
-        finally:
-            if os.path.exists(part):
-                os.remove(part)
+            with part_file(path) as part:
+                data = self._download(packed or raw, part)
+                if packed:
+                    data = decompress(shard.compression, data)
+                    if fault := _fault(data, raw):
+                        raise ShardError(_bad_shard(self._url(packed), f"unpacked, {fault}"))
+                    with open(part, "wb") as file:
+                        file.write(data)
+        except OSError as error:
+            raise ShardError(f"Shard {raw.basename} cannot be had: {error}") from error
 
     def _download(self, info: FileInfo, path: str) -> bytes:
         url = self._url(info)
         fault = ""
-        for _ in range(_ATTEMPTS_AT_A_BAD_HASH):
-            try:
-                download(
-                    url,
-                    path,
-                    retries=self.download_retry,
-                    timeout_seconds=self.download_timeout,
-                    stop=lambda: self.failure is not None and self.failure.is_set(),
-                )
-            except OSError as error:
-                raise ShardError(f"Shard {info.basename} cannot be read: {error}") from error
+        for attempt in range(_ATTEMPTS_AT_A_BAD_HASH):
+            if attempt:
+                log.warning("Shard %s came bad (%s); fetching it again.", url, fault)
+            download(
+                url,
+                path,
+                retries=self.download_retry,
+                timeout_seconds=self.download_timeout,
+                stop=self._is_waiting_in_vain,
+                compare_checksum=not info.hashes,
+            )
             data = _read(path)
             fault = _fault(data, info)
             if not fault:
                 return data
         raise ShardError(_bad_shard(url, f"{fault} (fetched {_ATTEMPTS_AT_A_BAD_HASH} times)"))
+
+    def _is_waiting_in_vain(self) -> bool:
+        return (self.failure is not None and self.failure.is_set()) or (
+            self.is_abandoned is not None and self.is_abandoned()
+        )
 
     def _path(self, info: FileInfo) -> str:
         return os.path.join(self.local, self.split, info.basename)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from time import sleep, time_ns
 from typing import Any
 
@@ -21,12 +22,12 @@ import torch
 from streaming import StreamingDataLoader, StreamingDataset
 from streaming.base.constant import TICK
 from streaming.base.dataset import _Iterator, _IterState, _ShardState
-from streaming.base.shared.prefix import _get_path
 from streaming.base.world import World
 
 from composer_gpt2.data.corpus_source import DTYPE, Expectation, find_sources
+from composer_gpt2.data.retrying import DEFAULT_RETRIES
 from composer_gpt2.data.shard_stream import ShardError, ShardStream
-from composer_gpt2.data.shared_state import SharedFailure, mark_in_use, registration
+from composer_gpt2.data.shared_state import SharedFailure, registration
 
 __all__ = ["ShardError", "StreamingTokens", "build_token_dataloader"]
 
@@ -76,8 +77,8 @@ class StreamingTokens(StreamingDataset):
         predownload: Sequences a rank prepares ahead; None for ``8 * batch_size``.
         cache_limit: Bytes (or "100gb") on disk beyond which shards used longest ago are deleted;
             every thread that fetches may exceed it by one shard.
-        download_retry: Attempts after the first to fetch a shard, 1, 2, 4, ... seconds apart; 5
-            outlast a fault of half a minute.
+        download_retry: Attempts after the first to fetch a shard or an index, 1, 2, 4, ... (at most
+            30) seconds apart; 8 outlast a fault of two minutes.
         download_timeout: Seconds that the store may stay silent within one attempt.
 
     Raises:
@@ -107,13 +108,20 @@ class StreamingTokens(StreamingDataset):
         sampling_method: str = "balanced",
         predownload: int | None = None,
         cache_limit: int | str | None = None,
-        download_retry: int = 5,
+        download_retry: int = DEFAULT_RETRIES,
         download_timeout: float = 60.0,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1 sequence, got {batch_size}.")
         world = World.detect()
-        sources = find_sources(remote, local, split, streams)
+        sources = find_sources(
+            remote,
+            local,
+            split,
+            streams,
+            retries=download_retry,
+            timeout_seconds=download_timeout,
+        )
         expected = Expectation(
             sequence_length, tokenizer if check_tokenizer else None, check_hashes
         )
@@ -137,7 +145,7 @@ class StreamingTokens(StreamingDataset):
 
         cached = [source for source in sources if not source.in_place]
         for source in cached:
-            source.write_index()
+            source.prepare_cache()
         self.sequence_length = sequence_length
         shard_streams = [
             ShardStream(
@@ -150,7 +158,7 @@ class StreamingTokens(StreamingDataset):
             )
             for source in sources
         ]
-        with registration([source.shard_folder for source in cached], world.is_local_leader):
+        with registration(world.is_local_leader):
             super().__init__(
                 streams=shard_streams,
                 batch_size=batch_size,
@@ -164,10 +172,7 @@ class StreamingTokens(StreamingDataset):
                 download_retry=download_retry,
                 download_timeout=download_timeout,
             )
-            mark_in_use(self._locals_shm)
-        self._failure = SharedFailure(_get_path(self._shm_prefix_int, "failure"))
-        if world.is_local_leader:
-            self._failure.clear()
+            self._failure = SharedFailure(self._shm_prefix_int)
         for stream in shard_streams:
             stream.failure = self._failure
         self._event: Any = self._failure  # what streaming's loops poll, see SharedFailure
@@ -203,7 +208,8 @@ class StreamingTokens(StreamingDataset):
                     raise ShardError(self._failure.text)
                 if state == _PREPARING:
                     sleep(TICK)  # another thread, rank or worker is at it
-                self.prepare_shard(shard_id, blocking=False)
+                else:
+                    self.prepare_shard(shard_id, blocking=False)
             try:
                 data = self.shards[shard_id].get_sample_data(sample_in_shard)
             except FileNotFoundError:
@@ -215,6 +221,21 @@ class StreamingTokens(StreamingDataset):
             f"A shard must stay on disk while it is read, but shard {shard_id} was deleted "
             f"{1 + retry} times in a row; raise cache_limit ({self.cache_limit})."
         )
+
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        """Where to go on from; streaming's own would read an epoch again that has just ended.
+
+        Args:
+            num_samples: Sequences that all ranks have taken of this epoch.
+            from_beginning: Whether they count from its beginning or from the last resume.
+
+        Returns:
+            A state for ``load_state_dict``.
+        """
+        state = super().state_dict(num_samples, from_beginning)
+        if from_beginning and num_samples == 0:
+            state["epoch"] = self.next_epoch
+        return state
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Bring a shard here, proven by its hash, unless another process is at it.
@@ -228,7 +249,9 @@ class StreamingTokens(StreamingDataset):
         """
         try:
             super().prepare_shard(shard_id, blocking)
-        except Exception:
+        except Exception as error:
+            if hasattr(self, "_iterator") and self._iterator._state == _IterState.ITERATING:
+                self._failure.set(_describe(error))  # first, or others would try it once more
             # streaming leaves it PREPARING, for which others wait for ever, and keeps the lock if
             # it failed to make room.
             self._shard_states[shard_id] = _REMOTE
@@ -238,7 +261,7 @@ class StreamingTokens(StreamingDataset):
     def on_exception(self, future: Future) -> None:
         """Tell all when a background thread has ended by an exception (streaming only logs it)."""
         if error := future.exception():
-            if not self._is_abandoned():
+            if not _is_abandoned(self._iterator):
                 self._failure.set(_describe(error))
             self._iterator.on_exit()
 
@@ -259,11 +282,14 @@ class StreamingTokens(StreamingDataset):
 
         streaming's own takes a file lock for each sequence.
         """
+        for stream in self.streams:
+            assert isinstance(stream, ShardStream)
+            stream.is_abandoned = partial(_is_abandoned, it)
         # -1 fills up the last batch: any sequence of ours will do in its place.
         sample_ids = np.where(it.sample_ids == -1, it.sample_ids[0], it.sample_ids)
         shard_ids = np.searchsorted(self.sample_offset_per_shard, sample_ids, side="right") - 1
         assert self.predownload is not None  # StreamingDataset has replaced it
-        while it.yield_index < it.total and not (self._failure.is_set() or self._is_abandoned()):
+        while it.yield_index < it.total and not (self._failure.is_set() or _is_abandoned(it)):
             ahead = shard_ids[it.yield_index : it.yield_index + self.predownload + 1]
             missing = ahead[self._shard_states.numpy()[ahead] == _REMOTE]
             if len(missing):
@@ -296,10 +322,6 @@ class StreamingTokens(StreamingDataset):
                 "make one dataset for each."
             )
 
-    def _is_abandoned(self) -> bool:
-        """Whether the process ends, or another epoch begins, while this one is being read."""
-        return hasattr(self, "_iterator") and self._iterator._state == _IterState.EXITING
-
 
 def build_token_dataloader(
     dataset: StreamingTokens, *, num_workers: int = 0, drop_last: bool = False
@@ -319,6 +341,8 @@ def build_token_dataloader(
         num_workers=num_workers,
         drop_last=drop_last,
         collate_fn=_collate,
+        # Its own: otherwise each epoch, and each resume, would draw from torch's generator.
+        generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(),
     )
 
@@ -331,6 +355,11 @@ class _TokenDataLoader(StreamingDataLoader):
             # From a worker it comes wrapped in the text of a traceback; this is the plain message.
             assert isinstance(self.dataset, StreamingTokens)
             raise ShardError(self.dataset._failure.text) from error
+
+
+def _is_abandoned(it: _Iterator) -> bool:
+    """Whether the process ends, or another epoch begins, while this one is being read."""
+    return it._state == _IterState.EXITING
 
 
 def _collate(samples: Sequence[Mapping[str, np.ndarray]]) -> dict[str, torch.Tensor]:
