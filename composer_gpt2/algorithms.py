@@ -32,7 +32,10 @@ from algorithms.fused_layernorm import FusedLayerNorm, apply_fused_layernorm
 from algorithms.pad_vocabulary import PadVocabulary, apply_pad_vocabulary, trim_vocabulary
 from algorithms.parallel_residual import ParallelResidual, apply_parallel_residual
 from algorithms.seq_length_warmup import SequenceLengthWarmup, set_batch_sequence_length
+from algorithms.skip_loss_spikes import SkipLossSpikes, newest_z_score
+from algorithms.skip_nonfinite import SkipNonfinite, drop_nonfinite_gradients
 from composer_gpt2.contract import NoEffectError
+from composer_gpt2.update_skipping import NonfiniteError
 
 __all__ = [
     "ALiBi",
@@ -42,9 +45,12 @@ __all__ = [
     "FusedGELU",
     "FusedLayerNorm",
     "NoEffectError",
+    "NonfiniteError",
     "PadVocabulary",
     "ParallelResidual",
     "SequenceLengthWarmup",
+    "SkipLossSpikes",
+    "SkipNonfinite",
     "alibi_bias",
     "apply_activation_checkpointing",
     "apply_alibi",
@@ -54,7 +60,9 @@ __all__ = [
     "apply_fused_layernorm",
     "apply_pad_vocabulary",
     "apply_parallel_residual",
+    "drop_nonfinite_gradients",
     "linear_bias_slopes",
+    "newest_z_score",
     "set_batch_sequence_length",
     "trim_vocabulary",
 ]

@@ -72,6 +72,7 @@ class Stage(IntEnum):
     MEMORY = 45  # what the backward pass keeps of the blocks, in their last form
     LOSS = 50
     BATCH = 60  # the lengths of single batches
+    UPDATE = 70  # whether a batch changes the weights
 
 
 @dataclasses.dataclass(frozen=True)

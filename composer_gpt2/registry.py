@@ -192,6 +192,13 @@ _BUILT_IN: dict[Kind, tuple[Entry, ...]] = {
         _ours("pad_vocabulary", "PadVocabulary", multiple_of=POSITIVE),
         _ours("parallel_residual", "ParallelResidual"),
         _ours("seq_length_warmup", "SequenceLengthWarmup"),
+        _ours("skip_loss_spikes", "SkipLossSpikes", window=POSITIVE),
+        _ours(
+            "skip_nonfinite",
+            "SkipNonfinite",
+            max_skipped=NOT_NEGATIVE,
+            max_skipped_in_all=NOT_NEGATIVE,
+        ),
         _algorithm(
             "gradient_clipping",
             "GradientClipping",

@@ -131,6 +131,7 @@ def read_settings(
             *([] if model is None else [f"model.name={model}"]),
             "model.dropout=0.0",
             "algorithms.seq_length_warmup=null",  # changes the batch; may refuse its length
+            "algorithms.skip_nonfinite=null",  # not for speed
             f"data.sequence_length={sequence_length}",
             f"train_batch_size={batch_size}",
             "device_train_microbatch_size=null",

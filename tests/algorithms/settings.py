@@ -22,6 +22,8 @@ from algorithms.fused_layernorm import FusedLayerNorm, apply_fused_layernorm
 from algorithms.pad_vocabulary import PadVocabulary, apply_pad_vocabulary
 from algorithms.parallel_residual import ParallelResidual, apply_parallel_residual
 from algorithms.seq_length_warmup import SequenceLengthWarmup
+from algorithms.skip_loss_spikes import SkipLossSpikes
+from algorithms.skip_nonfinite import SkipNonfinite
 from composer_gpt2 import cpu_kernels
 from composer_gpt2.contract import SpeedupAlgorithm
 from composer_gpt2.model import CPUPrecision
@@ -97,6 +99,14 @@ ALGORITHMS: dict[str, Case] = {
         changes_loss=True,
         neutral=lambda: SequenceLengthWarmup(duration="0dur", truncate=False),
     ),
+    # Nothing is skipped before the third batch, and no loss is seen after it in most tests.
+    "skip_loss_spikes": Case(
+        make=lambda: SkipLossSpikes(loss_z_threshold=0.9, norm_z_threshold=0.9, window=2),
+        function=None,
+        changes_loss=False,
+        neutral=SkipLossSpikes,
+    ),
+    "skip_nonfinite": Case(make=SkipNonfinite, function=None, changes_loss=False),
 }
 
 

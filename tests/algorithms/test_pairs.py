@@ -40,6 +40,8 @@ REFUSED: dict[tuple[str, str], tuple[type[Exception], str]] = {
     ("parallel_residual", "fused_block"): (ValueError, "blocks of another kind"),
     ("fused_gelu", "fused_block"): (ValueError, "has GELU in one kernel"),
     ("fused_block", "fused_layernorm"): (ValueError, "has its LayerNorms in one kernel"),
+    ("skip_loss_spikes", "sam"): (ValueError, "computes gradients twice"),
+    ("skip_nonfinite", "sam"): (ValueError, "computes gradients twice"),
 }
 
 

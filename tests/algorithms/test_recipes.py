@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from settings import ALGORITHMS, runs_here
 
 from composer_gpt2.build import build_trainer
+from composer_gpt2.checkpoints import load_safely
 from composer_gpt2.contract import ArchitectureMismatchError
 from composer_gpt2.recipe import RecipeError, load_recipe
 
@@ -227,9 +227,9 @@ def test_a_run_does_not_go_on_without_an_algorithm_that_it_had(tiny_corpus, tmp_
     trainer = build_trainer(small(tiny_corpus, tmp_path, "algorithms.alibi={}", *own))
     trainer.fit()
     trainer.close()
-    saved = torch.load(tmp_path / "checkpoints" / "latest-rank0.pt", weights_only=False)["state"]
+    saved = load_safely(tmp_path / "checkpoints" / "latest-rank0.pt")["state"]
     assert saved["model"]["_extra_state"] == {"architecture": {"alibi": {}}}
-    longer = (*own, "autoresume=true", "max_duration=4ba")
+    longer = (*own, "max_duration=4ba", "allow_recipe_changes=true")
     with pytest.raises(ArchitectureMismatchError, match=r"it has alibi \{\}, this run has none"):
         build_trainer(small(tiny_corpus, tmp_path, *longer))
     half = "algorithms.alibi={train_sequence_length_scaling: 0.5}"
