@@ -6,13 +6,12 @@ name in the recipe becomes a class through ``registry.py``.
 
 from __future__ import annotations
 
-import datetime
+import contextlib
 import math
 import os
 import sys
 import threading
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -22,6 +21,17 @@ from composer.utils import collect_env, dist, get_device, reproducibility
 from torch import nn
 
 from composer_gpt2 import registry
+from composer_gpt2.checkpoints.exact_resume import ExactResume
+from composer_gpt2.checkpoints.manifest import Manifest
+from composer_gpt2.checkpoints.resume import (
+    RecipeChangedError,
+    newest_batch,
+    recipe_fingerprint,
+    refuse_changes,
+    resume_path_for_all_ranks,
+)
+from composer_gpt2.checkpoints.safe_loading import safe_loading
+from composer_gpt2.checkpoints.saver import VerifiedCheckpointSaver
 from composer_gpt2.contract import SpeedupAlgorithm
 from composer_gpt2.data.streaming import StreamingTokens, build_token_dataloader
 from composer_gpt2.memory import ReturnUnusedMemory, keep_freed_memory
@@ -29,6 +39,7 @@ from composer_gpt2.model import GPT2Model
 from composer_gpt2.progress import ProgressLines
 from composer_gpt2.recipe import Recipe, RecipeError
 from composer_gpt2.recipe_files import Mistake
+from composer_gpt2.run_folder import run_lock
 
 __all__ = [
     "build_dataloader",
@@ -36,6 +47,7 @@ __all__ = [
     "build_optimizer",
     "build_trainer",
     "check_for_this_machine",
+    "name_run",
     "parameter_groups",
 ]
 
@@ -43,12 +55,15 @@ __all__ = [
 def build_trainer(recipe: Recipe) -> Trainer:
     """A Trainer that is ready to ``fit``, on this rank of however many there are.
 
-    A recipe without ``run_name`` gets one of model and start time, the same on all ranks:
-    ``trainer.state.run_name``.
+    It goes on from the newest checkpoint of its save folder that verifies, unless the recipe says
+    ``autoresume: false``. A recipe without ``run_name`` gets that of :func:`name_run`.
 
     Raises:
         RecipeError: A batch size that this number of ranks does not divide, a GPU-only setting on a
             CPU, or shards that are missing or not what the recipe says.
+        RecipeChangedError: The checkpoint to go on from was made with another recipe.
+        CheckpointError: No checkpoint of several is whole, or one would run code.
+        BlockingIOError: Another process trains in the run folder (rank 0).
     """
     # The Trainer asks for the name of the processor, which another program takes a second to find;
     # Composer keeps the answer.
@@ -60,7 +75,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
         keep_freed_memory()
     check_for_this_machine(recipe, n_ranks=dist.get_world_size(), on_cpu=on_cpu)
     dist.initialize_dist(device, recipe.dist_timeout)
-    recipe = _name_run(recipe)
+    recipe = name_run(recipe)
 
     # The corpus first: what is wrong with it is known in seconds, a model can take minutes.
     train_dataloader = build_dataloader(recipe, recipe.data.train_split)
@@ -68,45 +83,59 @@ def build_trainer(recipe: Recipe) -> Trainer:
     reproducibility.seed_all(recipe.seed)  # so that all ranks begin with one model
     model = build_model(recipe, on_cpu=on_cpu)
     progress_bar = recipe.progress_bar and sys.stderr.isatty()
-    trainer = Trainer(
-        model=model,
-        train_dataloader=train_dataloader,
-        optimizers=build_optimizer(recipe, model),
-        schedulers=_build_all("schedulers", recipe.schedulers),
-        algorithms=_build_algorithms(recipe),
-        max_duration=recipe.max_duration,
-        eval_dataloader=evaluator,
-        callbacks=cast(
-            "list[Callback]",
-            [
-                ProgressLines(None if progress_bar else recipe.log_interval),
-                *([ReturnUnusedMemory()] if on_cpu else []),
-                *_build_all("callbacks", recipe.callbacks),
-            ],
-        ),
-        loggers=_build_all("loggers", recipe.loggers),
-        run_name=recipe.run_name,
-        progress_bar=progress_bar,
-        save_folder=None if recipe.save_interval is None else recipe.save_folder,
-        save_interval=recipe.save_interval or "1dur",
-        save_num_checkpoints_to_keep=recipe.save_num_checkpoints_to_keep,
-        save_overwrite=recipe.save_overwrite,
-        load_path=recipe.load_path,
-        load_weights_only=recipe.load_weights_only,
-        autoresume=recipe.autoresume,
-        device=device,
-        precision="fp32" if on_cpu else recipe.precision,
-        device_train_microbatch_size=recipe.device_train_microbatch_size,
-        seed=recipe.seed,
-        deterministic_mode=recipe.deterministic_mode,
-        dist_timeout=recipe.dist_timeout,
-        compile_config={} if recipe.compile else None,
-    )
-    if trainer._checkpoint_saver is not None:
-        # At the end of a run that saves to an object store Composer waits this long for an upload
-        # that takes milliseconds; its default is 30 s.
-        trainer._checkpoint_saver._symlink_upload_wait_before_next_try_in_seconds = 0.5
+    saver = _build_saver(recipe)
+    with contextlib.ExitStack() as held:
+        if saver is not None and dist.get_global_rank() == 0:
+            held.enter_context(run_lock(recipe))
+        with _checkpoint_to_load(recipe) as (load_path, resumes):
+            trainer = Trainer(
+                model=model,
+                train_dataloader=train_dataloader,
+                optimizers=build_optimizer(recipe, model),
+                schedulers=_build_all("schedulers", recipe.schedulers),
+                algorithms=_build_algorithms(recipe),
+                max_duration=recipe.max_duration,
+                eval_dataloader=evaluator,
+                callbacks=cast(
+                    "list[Callback]",
+                    [
+                        ProgressLines(None if progress_bar else recipe.log_interval),
+                        *([ReturnUnusedMemory()] if on_cpu else []),
+                        *_build_all("callbacks", recipe.callbacks),
+                        *([] if saver is None else [saver]),
+                    ],
+                ),
+                loggers=_build_all("loggers", recipe.loggers),
+                run_name=recipe.run_name,
+                progress_bar=progress_bar,
+                load_path=load_path,
+                load_weights_only=recipe.load_weights_only and not resumes,
+                device=device,
+                precision="fp32" if on_cpu else recipe.precision,
+                device_train_microbatch_size=recipe.device_train_microbatch_size,
+                seed=recipe.seed,
+                deterministic_mode=recipe.deterministic_mode,
+                dist_timeout=recipe.dist_timeout,
+                compile_config={} if recipe.compile else None,
+            )
+        if saver is not None:
+            saver.closing.push(held.pop_all())
+    if trainer._rng_state is not None:
+        # Composer would restore it at the beginning of an epoch only.
+        trainer.state.callbacks.append(ExactResume(trainer._rng_state))
+        trainer._rng_state = None
     return trainer
+
+
+def name_run(recipe: Recipe) -> Recipe:
+    """The recipe with a run name: its own, or the model's and a fingerprint of what is trained.
+
+    So the same command is the same run, and goes on where it was.
+    """
+    if recipe.run_name is not None:
+        return recipe
+    fingerprint = recipe_fingerprint(recipe.model_dump(mode="json"))
+    return recipe.with_run_name(f"{recipe.model.name}-{fingerprint}")
 
 
 def build_model(recipe: Recipe, *, on_cpu: bool) -> GPT2Model:
@@ -212,24 +241,60 @@ def build_dataloader(recipe: Recipe, split: str) -> DataSpec:
     return DataSpec(loader, split_batch=_split_batch)
 
 
-def _has_checkpoints(save_folder: str | None) -> bool:
-    """Whether a folder here has some; an object store is Composer's to ask, at the first save."""
-    return save_folder is not None and any(Path(save_folder).glob("*-rank*.pt"))
+def _has_checkpoints(recipe: Recipe) -> bool:
+    return recipe.save_folder is not None and newest_batch(recipe.save_folder) is not None
+
+
+@contextlib.contextmanager
+def _checkpoint_to_load(recipe: Recipe) -> Iterator[tuple[str | None, bool]]:
+    """What to load, if anything, and whether it is the run's own newest checkpoint."""
+    path = None
+    with contextlib.ExitStack() as stack:
+        if recipe.autoresume and recipe.save_interval is not None:
+            path = stack.enter_context(
+                resume_path_for_all_ranks(
+                    str(recipe.save_folder),
+                    _staging(recipe),
+                    lambda manifest: _check_resume(manifest, recipe),
+                )
+            )
+        source = path or recipe.load_path
+        stack.enter_context(safe_loading(source))
+        yield source, path is not None
+
+
+def _check_resume(manifest: Manifest, recipe: Recipe) -> None:
+    refuse_changes(manifest, recipe.model_dump(mode="json"))
+    if "sam" in recipe.algorithms:
+        raise RecipeChangedError(
+            "a run with sam cannot go on from a checkpoint (Composer's loads other weights than it "
+            f"saved), got {manifest.name}; start anew (save_overwrite=true autoresume=false)."
+        )
+
+
+def _build_saver(recipe: Recipe) -> VerifiedCheckpointSaver | None:
+    if recipe.save_interval is None:
+        return None
+    return VerifiedCheckpointSaver(
+        str(recipe.save_folder),
+        staging=_staging(recipe),
+        recipe=recipe.model_dump(mode="json"),
+        save_interval=recipe.save_interval,
+        n_to_keep=recipe.save_num_checkpoints_to_keep,
+        keep_every=recipe.save_keep_every,
+        replace=recipe.save_overwrite and not recipe.autoresume,
+    )
+
+
+def _staging(recipe: Recipe) -> str:
+    """Where checkpoints wait for their upload."""
+    return f"{recipe.run_folder}/uploading"
 
 
 def _split_batch(batch: Batch, size: int | float) -> Sequence[Batch]:
     """Micro-batches of ``size`` sequences; Composer's own splitter warns at a smaller last one."""
     parts = {name: tensor.split(int(size)) for name, tensor in batch.items()}
     return [dict(zip(parts, part, strict=True)) for part in zip(*parts.values(), strict=True)]
-
-
-def _name_run(recipe: Recipe) -> Recipe:
-    """The recipe with a run name: its own, or model and start time as rank 0 sees them."""
-    if recipe.run_name is not None:
-        return recipe
-    name = [f"{recipe.model.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"]
-    dist.broadcast_object_list(name, src=0)
-    return recipe.with_run_name(name[0])
 
 
 def _build_evaluator(recipe: Recipe) -> Evaluator | None:
@@ -296,8 +361,8 @@ def check_for_this_machine(recipe: Recipe, *, n_ranks: int, on_cpu: bool) -> Non
         fail("device_train_microbatch_size", "'auto' needs a GPU; give a number of sequences")
     if on_cpu and recipe.precision == "amp_fp16":
         fail("precision", "amp_fp16 needs a GPU; use amp_bf16 or fp32")
-    goes_on = recipe.autoresume or recipe.load_path is not None or recipe.save_overwrite
-    if recipe.save_interval is not None and not goes_on and _has_checkpoints(recipe.save_folder):
+    starts_anew = not (recipe.autoresume or recipe.save_overwrite)
+    if recipe.save_interval is not None and starts_anew and _has_checkpoints(recipe):
         fail(
             "run_name",
             f"must be new, but {recipe.save_folder} holds checkpoints of a run of that name; go on "

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import pickle
+import json
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, MutableMapping
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from composer.models import HuggingFaceModel, huggingface
 from composer.utils import get_file
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model as load_safetensors
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -29,6 +30,7 @@ from transformers.modeling_utils import load_sharded_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from composer_gpt2 import registry
+from composer_gpt2.checkpoints.safe_loading import load_safely
 from composer_gpt2.configs import get_config
 from composer_gpt2.contract import (
     ArchitectureMismatchError,
@@ -161,24 +163,25 @@ class GPT2Model(HuggingFaceModel):
         ``HF_HUB_OFFLINE=1``, to its cache).
 
         Args:
-            path_or_hub_id: A Composer checkpoint (a ``.pt`` file or its ``s3://`` address), a
-                folder that Hugging Face's ``save_pretrained`` wrote, or a hub id such as
-                ``openai-community/gpt2``. A checkpoint is a pickle: load only those you trust.
+            path_or_hub_id: A checkpoint (its ``.pt`` or ``.safetensors`` file, here or at an
+                ``s3://`` address), a folder that Hugging Face's ``save_pretrained`` wrote, or a hub
+                id such as ``openai-community/gpt2``. No code is run from any of them.
             tokenizer_name: As in the constructor.
             cpu_precision: As in the constructor.
 
         Raises:
             FileNotFoundError: It looks like a path and nothing is there.
             ValueError: The file or folder holds no GPT-2.
+            CheckpointError: The file is no checkpoint, or would run code.
         """
         source = str(path_or_hub_id)
         if "://" in source:
             with tempfile.TemporaryDirectory() as folder:
-                local = Path(folder) / "checkpoint.pt"
+                local = Path(folder) / f"checkpoint{Path(source).suffix}"
                 get_file(source, str(local))
-                module = _load_composer_checkpoint(local)
+                module = _load_file(local)
         elif Path(source).is_file():
-            module = _load_composer_checkpoint(Path(source))
+            module = _load_file(Path(source))
         elif Path(source).is_dir():
             module = _load_hugging_face(source, local_files_only=True)
         elif _HUB_ID.fullmatch(source) and not ("/" in source and Path(source).parent.is_dir()):
@@ -364,12 +367,32 @@ def _build(
     return module
 
 
+def _load_file(path: Path) -> GPT2LMHeadModel:
+    load = _load_safetensors_file if path.suffix == ".safetensors" else _load_composer_checkpoint
+    return load(path)
+
+
+def _load_safetensors_file(path: Path) -> GPT2LMHeadModel:
+    """The network of a checkpoint's weights, whose metadata hold its configuration."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            config = json.loads((file.metadata() or {})["config"])
+    except (KeyError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} must be the weights of a checkpoint of ours, with the network's configuration "
+            f"in its metadata, got {error!r}; a Hugging Face folder is loaded by its path."
+        ) from error
+    module = _build(*plain_configuration(GPT2Config.from_dict(config)))
+    load_safetensors(module, path)
+    return module
+
+
 def _load_composer_checkpoint(path: Path) -> GPT2LMHeadModel:
     """The network of a Composer checkpoint, which holds its configuration beside its weights."""
+    state = load_safely(path).get("state", {})
     try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=False)["state"]
         saved = state["integrations"]["huggingface"]["model"]["config"]["content"]
-    except (KeyError, RuntimeError, pickle.UnpicklingError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(
             f"{path} must be a checkpoint that a Trainer saved of a GPT2Model, got a file without "
             f"its configuration ({error!r}); check the path."

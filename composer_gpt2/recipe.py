@@ -146,8 +146,9 @@ class Data(_Section):
     """Loader processes a rank; 0 loads in the training process and was fastest on CPU."""
     cache_limit: int | str | None = None
     """Most bytes of shards to keep in ``local``, such as ``100gb``; null keeps all."""
-    download_retry: Annotated[int, Field(ge=0)] = 5
-    """How often a shard that cannot be fetched is tried again; one with a wrong hash, once."""
+    download_retry: Annotated[int, Field(ge=0)] = 8
+    """How often a shard or index that cannot be fetched is tried again; 8 outlast two minutes. One
+    with a wrong hash is fetched again once."""
     download_timeout: Annotated[float, Field(gt=0)] = 60
     """Seconds to wait for a shard."""
     num_canonical_nodes: _Count = 1
@@ -199,7 +200,7 @@ class Recipe(_Section):
 
     # --- the run and its checkpoints ---
     run_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
-    """Names folders and runs in loggers; null: chosen at start."""
+    """Names folders and runs in loggers; null: the model's name and a fingerprint of the recipe."""
     run_folder: str | None = None
     """What the run writes. Default: ``runs/<run_name>``."""
     save_folder: str | None = None
@@ -208,14 +209,18 @@ class Recipe(_Section):
     """Time between checkpoints; there is always one at the end. null: no checkpoints at all."""
     save_num_checkpoints_to_keep: _Limit = -1
     """The latest ones; -1: all."""
+    save_keep_every: Annotated[str, _in_units("ba", "tok", "sp", "ep")] | None = None
+    """The first checkpoint in each such span, such as ``10000ba``, is kept beside the latest."""
     save_overwrite: bool = False
-    """Whether checkpoints of an earlier run of this name may be overwritten."""
+    """Whether a run that starts anew may replace the checkpoints of an earlier one."""
     load_path: str | None = None
     """Checkpoint to start from."""
     load_weights_only: bool = False
     """Whether only its weights are taken, and optimizer, time and order of samples start anew."""
-    autoresume: bool = False
-    """Whether the run goes on from its own latest checkpoint. Needs ``run_name``."""
+    autoresume: bool = True
+    """Whether the run goes on from its own newest checkpoint, if it has one."""
+    allow_recipe_changes: bool = False
+    """Whether a run that goes on may have another recipe than its checkpoint; not another batch."""
 
     # --- what is logged ---
     callbacks: _Choices = Field(default_factory=dict)

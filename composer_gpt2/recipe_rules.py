@@ -200,9 +200,7 @@ def _has_an_effect(recipe: Unchecked) -> None:
 
 
 def _resumes_exactly(recipe: Unchecked) -> None:
-    resumes = recipe["autoresume",] or (
-        recipe["load_path",] is not None and not recipe["load_weights_only",]
-    )
+    resumes = recipe["load_path",] is not None and not recipe["load_weights_only",]
     if resumes and "sam" in recipe["algorithms",]:
         recipe.fail(
             ("algorithms", "sam"),
@@ -223,15 +221,17 @@ def _evaluates_something(recipe: Unchecked) -> None:
             recipe.fail(("callbacks", name), "needs data.validation_split, which is null")
 
 
-def _resumes_by_name(recipe: Unchecked) -> None:
-    if recipe["autoresume",] and recipe["run_name",] is None:
-        recipe.fail(
-            ("autoresume",), "needs a run_name to find its checkpoints; write run_name: ..."
-        )
-    if recipe["autoresume",] and recipe["save_interval",] is None:
-        recipe.fail(("autoresume",), "needs checkpoints, but save_interval is null")
+def _loads_something(recipe: Unchecked) -> None:
     if recipe["load_weights_only",] and recipe["load_path",] is None:
         recipe.fail(("load_weights_only",), "has no effect without load_path; write load_path: ...")
+
+
+def _keeps_something(recipe: Unchecked) -> None:
+    if recipe["save_keep_every",] is not None and recipe["save_num_checkpoints_to_keep",] < 0:
+        recipe.fail(
+            ("save_keep_every",),
+            "has no effect while all checkpoints are kept; write save_num_checkpoints_to_keep: 3",
+        )
 
 
 def _schedules_fit(recipe: Unchecked) -> None:
@@ -349,7 +349,8 @@ RULES = (
     _has_an_effect,
     _resumes_exactly,
     _evaluates_something,
-    _resumes_by_name,
+    _loads_something,
+    _keeps_something,
     _schedules_fit,
     _averages_before_the_end,
 )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,9 @@ from composer import State
 
 from composer_gpt2.recipe import Recipe
 
-__all__ = ["versions", "write_metrics", "write_run_folder"]
+__all__ = ["run_lock", "versions", "write_metrics", "write_run_folder"]
 
+_SECONDS_FOR_THE_LOCK = 10.0  # a run that was just killed may still be dying
 _PACKAGES = (
     "composer-gpt2",
     "mosaicml",
@@ -57,6 +61,32 @@ def write_run_folder(recipe: Recipe, n_ranks: int, receipts: Sequence[Mapping[st
     (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
     (folder / "receipts.json").write_text(json.dumps(receipts, indent=2) + "\n", encoding="utf-8")
     return folder
+
+
+@contextlib.contextmanager
+def run_lock(recipe: Recipe) -> Iterator[None]:
+    """Keeps other runs out of the run folder until the ``with`` block, or the process, ends.
+
+    Raises:
+        BlockingIOError: Another process trains there.
+    """
+    assert recipe.run_folder is not None
+    folder = Path(recipe.run_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("wb") as lock:
+        deadline = time.monotonic() + _SECONDS_FOR_THE_LOCK
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise BlockingIOError(
+                        f"one process may train in a run folder, but another is at work in "
+                        f"{folder}; wait for it, stop it, or choose another run_name."
+                    ) from error
+                time.sleep(0.2)
+        yield
 
 
 def write_metrics(recipe: Recipe, state: State) -> None:

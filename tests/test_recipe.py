@@ -365,7 +365,7 @@ WRONG_VALUES = [
     ("eval_interval=10", "eval_interval", "write e.g. 10ba"),
     ("save_num_checkpoints_to_keep=-2", "save_num_checkpoints_to_keep", "got -2"),
     ("run_name=a/b", "run_name", "got 'a/b'"),
-    ("autoresume=true", "autoresume", "needs a run_name"),
+    ("save_keep_every=1dur", "save_keep_every", "got '1dur'"),
     ("load_weights_only=true", "load_weights_only", "no effect without load_path"),
     ("device=tpu", "device", "must be 'cpu' or 'gpu', got 'tpu'"),
     ("sequence_length=64", "sequence_length", "did you mean 'data.sequence_length'?"),
@@ -420,7 +420,7 @@ def test_a_wrong_value_is_one_clear_line(base, override, key, part):
             "callbacks.early_stopper",
             "needs data.validation_split",
         ),
-        (("autoresume=true", "run_name=a", "save_interval=null"), "autoresume", "checkpoints"),
+        (("save_keep_every=1000ba",), "save_keep_every", "save_num_checkpoints_to_keep: 3"),
         (("algorithms.sam={}", "load_path=x.pt"), "algorithms.sam", "cannot be resumed"),
     ],
 )
