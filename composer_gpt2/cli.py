@@ -139,6 +139,30 @@ def generate_command(
     print("\n---\n".join(texts))
 
 
+@app.command("train")
+def train_command(
+    file: Annotated[
+        list[str],
+        typer.Option("-f", "--file", help="A recipe; may be given several times, later ones win."),
+    ],
+    n_ranks: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("-n", "--n-ranks", help="Default: one for each GPU, without any just one."),
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option(help="How often a failed run may be started again.")
+    ] = 0,
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="Single settings of the recipe: key=value."),
+    ] = None,
+) -> None:
+    """Train on this machine, and start again from the last checkpoint when a rank fails."""
+    from composer_gpt2.restarts import train_with_restarts
+
+    sys.exit(train_with_restarts(file, overrides or [], n_ranks=n_ranks, max_restarts=max_restarts))
+
+
 @app.command("quickstart")
 def quickstart_command(
     recipe: Annotated[Path, typer.Option(help="What to train.")] = Path("yamls/quickstart.yaml"),
