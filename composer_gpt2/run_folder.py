@@ -19,7 +19,7 @@ from composer import State
 
 from composer_gpt2.recipe import Recipe
 
-__all__ = ["run_lock", "versions", "write_metrics", "write_run_folder"]
+__all__ = ["has_metrics", "run_lock", "versions", "write_metrics", "write_run_folder"]
 
 _SECONDS_FOR_THE_LOCK = 10.0  # a run that was just killed may still be dying
 _PACKAGES = (
@@ -91,7 +91,6 @@ def run_lock(recipe: Recipe) -> Iterator[None]:
 
 def write_metrics(recipe: Recipe, state: State) -> None:
     """Writes ``metrics.json``: how far the run has come, and its last values."""
-    assert recipe.run_folder is not None
     evaluated = state.eval_metric_values
     metrics = {
         "batches": state.timestamp.batch.value,
@@ -102,8 +101,14 @@ def write_metrics(recipe: Recipe, state: State) -> None:
             {"eval": {name: float(value) for name, value in evaluated.items()}} if evaluated else {}
         ),
     }
-    path = Path(recipe.run_folder) / "metrics.json"
+    path = _metrics_file(recipe)
+    path.parent.mkdir(parents=True, exist_ok=True)  # a new machine
     path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+def has_metrics(recipe: Recipe) -> bool:
+    """Whether ``metrics.json`` is there: the run has come to its end, the last evaluation too."""
+    return _metrics_file(recipe).exists()
 
 
 def versions() -> dict[str, str]:
@@ -116,6 +121,11 @@ def versions() -> dict[str, str]:
             found[package] = "not installed"  # ours, when it runs from a checkout
     found["commit"] = _commit()
     return found
+
+
+def _metrics_file(recipe: Recipe) -> Path:
+    assert recipe.run_folder is not None
+    return Path(recipe.run_folder) / "metrics.json"
 
 
 def _commit() -> str:

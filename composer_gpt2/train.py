@@ -29,7 +29,7 @@ from composer_gpt2.parent_death import signal_at_parent_death
 from composer_gpt2.plan import algorithm_order, derived_numbers, format_table
 from composer_gpt2.rank_failure import RankWatch
 from composer_gpt2.recipe import Recipe, RecipeError, load_recipe
-from composer_gpt2.run_folder import write_metrics, write_run_folder
+from composer_gpt2.run_folder import has_metrics, write_metrics, write_run_folder
 from composer_gpt2.stop_signals import PARENT_DIED, StopAtBatchEnd, Stopped, StopSignals
 from composer_gpt2.update_skipping import NonfiniteError
 
@@ -115,6 +115,7 @@ def train(recipe: Recipe, signals: StopSignals) -> None:
     trainer.state.callbacks.append(StopAtBatchEnd(signals, save))
     if trainer.state.timestamp >= Time.from_timestring(recipe.max_duration):
         # A finished run, started again; Composer would call that an error.
+        _make_up_for_the_last_evaluation(recipe, trainer)
         _say(
             f"{trainer.state.run_name} is trained for {recipe.max_duration}: nothing to do. For "
             "another run with this recipe: run_name=another"
@@ -129,6 +130,18 @@ def train(recipe: Recipe, signals: StopSignals) -> None:
             if dist.get_global_rank() == 0:
                 write_metrics(recipe, trainer.state)
     trainer.close()
+
+
+def _make_up_for_the_last_evaluation(recipe: Recipe, trainer: Trainer) -> None:
+    """Evaluates a finished run that was ended before its metrics were written."""
+    written = [has_metrics(recipe)]
+    dist.broadcast_object_list(written)
+    if written[0]:
+        return
+    if trainer.state.evaluators:
+        trainer.eval()
+    if dist.get_global_rank() == 0:
+        write_metrics(recipe, trainer.state)
 
 
 def _start(recipe: Recipe, trainer: Trainer) -> None:

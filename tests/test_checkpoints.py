@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -33,6 +34,8 @@ from composer_gpt2.data.object_store import open_store
 from composer_gpt2.model import GPT2Model
 from composer_gpt2.recipe import Recipe, RecipeError, load_recipe
 from composer_gpt2.run_folder import run_lock
+from composer_gpt2.stop_signals import StopSignals
+from composer_gpt2.train import train as run
 
 # Dropout, so that the random state matters, and epochs of some 8 batches.
 RECIPE = """
@@ -129,6 +132,19 @@ def test_a_finished_run_is_finished(load, folder):
     assert trainer.state.timestamp.batch == 3
     trainer.close()
     assert batches(folder) == [3]
+
+
+def test_a_finished_run_makes_up_for_an_evaluation_that_was_cut_short(load, tmp_path):
+    short = ("max_duration=3ba", "data.validation_split=validation", "eval_batch_size=1")
+    with StopSignals() as signals:
+        run(load(*short), signals)
+        metrics = tmp_path / "run" / "metrics.json"
+        before = json.loads(metrics.read_text())
+        metrics.unlink()
+        run(load(*short), signals)
+    after = json.loads(metrics.read_text())
+    assert after["eval"] == before["eval"]
+    assert after["tokens"] == before["tokens"]
 
 
 def test_without_a_name_the_same_command_is_the_same_run(load):
