@@ -17,6 +17,7 @@ INSTALL_REQUIRES = [
     "transformers>=4.53,<4.54",
     "tiktoken>=0.9",
     "omegaconf>=2.3,<3",
+    "packaging>=22",
     "psutil>=5",
     "pydantic>=2.7,<3",
     "pyyaml>=6,<7",

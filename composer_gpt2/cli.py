@@ -163,6 +163,36 @@ def train_command(
     sys.exit(train_with_restarts(file, overrides or [], n_ranks=n_ranks, max_restarts=max_restarts))
 
 
+@app.command("doctor")
+def doctor_command(
+    arguments: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(
+            metavar="[RUN_FOLDER] [KEY=VALUE]...",
+            help="A run that was started; single settings on top of its recipe.",
+            show_default=False,
+        ),
+    ] = None,
+    file: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("-f", "--file", help="A recipe; may be given several times, later ones win."),
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Compare every shard with its hash.")] = False,
+) -> None:
+    """Look at this machine and a run: what is wrong, and what to do. Changes nothing."""
+    from composer_gpt2.doctor import doctor
+
+    folders = [argument for argument in arguments or [] if "=" not in argument]
+    overrides = [argument for argument in arguments or [] if "=" in argument]
+    if len(folders) > 1:
+        raise ValueError(f"doctor takes one run folder at most, got {', '.join(folders)}.")
+    has_problem = False
+    for finding in doctor(next(iter(folders), None), file or [], overrides, verify=verify):
+        print(finding, flush=True)
+        has_problem |= finding.status == "PROBLEM"
+    sys.exit(has_problem)
+
+
 @app.command("quickstart")
 def quickstart_command(
     recipe: Annotated[Path, typer.Option(help="What to train.")] = Path("yamls/quickstart.yaml"),

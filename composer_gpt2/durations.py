@@ -43,6 +43,8 @@ def parse_duration(text: object, units: tuple[str, ...] = tuple(UNITS)) -> Durat
     match = _DURATION.fullmatch(text) if isinstance(text, str) else None
     if match is not None and match["unit"] in units:
         value = float(match["value"])
+        if value >= _END_OF_TIME:
+            raise ValueError(f"must be below 2**63 {UNITS[match['unit']]}, got {text!r}")
         if match["unit"] == "dur":
             return Duration(value, "dur")
         if value.is_integer():
@@ -57,4 +59,7 @@ def parse_duration(text: object, units: tuple[str, ...] = tuple(UNITS)) -> Durat
     )
 
 
-_DURATION = re.compile(r"(?P<value>\d+(\.\d*)?(e\+?\d+)?|\d*\.\d+(e-?\d+)?)(?P<unit>[a-z]+)")
+_DURATION = re.compile(
+    r"(?P<value>\d+(\.\d*)?(e\+?\d+)?|\d*\.\d+(e-?\d+)?)(?P<unit>[a-z]+)", re.ASCII
+)
+_END_OF_TIME = 2**63  # Composer's timestamps are 64-bit integers

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -54,8 +55,9 @@ def _find(file: Path) -> Path:
     """The file itself, or the shipped recipe of that name."""
     package = Path(__file__).parent
     folders = (package / "yamls", package.with_name("yamls"))  # installed; in a checkout
-    shipped = [folder / file.name for folder in folders if (folder / file.name).is_file()]
-    return shipped[0] if shipped and file.parent == Path() and not file.exists() else file
+    # os.path's, unlike pathlib's, say no to a name that cannot be.
+    shipped = [folder / file.name for folder in folders if os.path.isfile(folder / file.name)]
+    return shipped[0] if shipped and file.parent == Path() and not os.path.exists(file) else file
 
 
 class RecipeError(ValueError):
@@ -120,7 +122,7 @@ class Stream(_Section):
     """As ``data.local``."""
     proportion: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of the samples; give it to all streams, with sum 1, or to none (then by size)."""
-    repeat: Annotated[float, Field(gt=0)] | None = None
+    repeat: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """How often its samples come in an epoch, 1 unless given; 0.5 takes half of them. Not beside a
     proportion."""
 
@@ -149,7 +151,7 @@ class Data(_Section):
     download_retry: Annotated[int, Field(ge=0)] = 8
     """How often a shard or index that cannot be fetched is tried again; 8 outlast two minutes. One
     with a wrong hash is fetched again once."""
-    download_timeout: Annotated[float, Field(gt=0)] = 60
+    download_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60
     """Seconds to wait for a shard."""
     num_canonical_nodes: _Count = 1
     """Fixes the order of samples, so that a run can go on with another number of ranks."""

@@ -1,7 +1,8 @@
 """Recipe files and command-line overrides, merged into one mapping that remembers its sources.
 
 This half of a recipe knows YAML and nothing about GPT-2: which file or argument set which key, on
-which line, and what its interpolations mean. What the keys mean is ``recipe.py``.
+which line, and what its interpolations mean. What the keys mean is ``recipe.py``; how large a file
+may be, and what may stand in it at all, is ``recipe_limits.py``.
 
 A *path* is a tuple of keys, such as ``("optimizer", "adamw", "lr")``.
 """
@@ -19,6 +20,13 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from composer_gpt2.arguments import nearest
+from composer_gpt2.recipe_limits import (
+    DEEPEST,
+    check_yaml,
+    expanded_size_problem,
+    read_file,
+    value_problem,
+)
 
 __all__ = ["CHOICES", "KeyPath", "Merged", "Mistake", "Origin", "merge"]
 
@@ -88,7 +96,10 @@ def merge(files: Sequence[Path], overrides: Sequence[str]) -> Merged:
     for override in overrides:
         reader.override(override)
     merged = Merged({}, reader.origins, reader.mistakes, set(), reader.complete)
-    layers = functools.reduce(_merge_two, reader.layers)
+    layers = _without_refused(functools.reduce(_merge_two, reader.layers), (), merged)
+    if problem := expanded_size_problem(layers):
+        merged.mistakes.append(Mistake(None, "", problem))
+        return merged._replace(complete=False)
     merged.values.update(_resolve(OmegaConf.create(layers), (), merged))
     return merged
 
@@ -115,19 +126,28 @@ class _Reader:
         self, file: Path, chain: tuple[Path, ...] = (), named_in: Origin | None = None
     ) -> None:
         """Adds a file's bases, then the file."""
-        resolved = file.resolve()
+        try:
+            resolved = file.resolve()
+            content = read_file(file)
+        except OSError as error:
+            self._fail(named_in, "base" if named_in else "", _cannot_open(file, error))
+            return
+        except (ValueError, RuntimeError) as error:  # pathlib's, for NUL and a loop of links
+            where = f"recipe must be a readable file, got {str(file)!r} ({error})"
+            self._fail(named_in, "base" if named_in else "", where)
+            return
         if resolved in chain:
             loop = " -> ".join(p.name for p in (*chain[chain.index(resolved) :], resolved))
             self._fail(named_in, "base", f"must not lead back to its file, got {loop}")
+            return
+        if len(chain) == DEEPEST:
+            self._fail(named_in, "base", f"must not be in a chain of more than {DEEPEST} files")
             return
         if resolved in self._seen:
             return
         self._seen.add(resolved)
         try:
-            tree, layer = _parse(file.read_bytes())
-        except OSError as error:
-            self._fail(named_in, "base" if named_in else "", _cannot_open(file, error))
-            return
+            tree, layer = _parse(content)
         except ValueError as error:
             self._fail(Origin(str(file)), "", str(error))
             return
@@ -150,13 +170,17 @@ class _Reader:
         if not equals or not all(path):
             self._fail(origin, "", f"must be key=value, got {override!r}; e.g. max_duration=100ba")
             return
+        if len(path) > DEEPEST:
+            self._fail(origin, "", f"must have at most {DEEPEST} keys before =, got {len(path)}")
+            return
         if not text.strip():
             self._fail(origin, key, "has no value; write null, '' or {} if you mean one of them")
             return
         try:
+            check_yaml(text)
             tree = yaml.compose(text, Loader=yaml.SafeLoader)
             layer: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
             self._fail(origin, key, f"must be a plain YAML value: {_one_line(error)}")
             return
         layer = layer["value"]
@@ -185,9 +209,9 @@ class _Reader:
                     "has no value; write {} for its defaults, or null to switch it off",
                 )
         set_here = {path: Origin(source, line, number) for path, line, _ in lines}
-        replaced = tuple(path for path in set_here if not isinstance(_at(layer, path), dict))
+        replaced = {path for path in set_here if not isinstance(_at(layer, path), dict)}
         for path in list(self.origins):
-            if any(path[: len(whole)] == whole for whole in replaced):
+            if any(path[: n + 1] in replaced for n in range(len(path))):
                 del self.origins[path]
         self.origins.update(set_here)
         self.layers.append(layer)
@@ -216,6 +240,7 @@ def _parse(content: bytes) -> tuple[yaml.Node | None, dict[str, Any]]:
     """The YAML tree, which has line numbers, and the plain values."""
     try:
         text = content.decode("utf-8")
+        check_yaml(text)
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         if not isinstance(tree, yaml.MappingNode | None):
             raise ValueError("must be a mapping of keys to values")
@@ -223,7 +248,7 @@ def _parse(content: bytes) -> tuple[yaml.Node | None, dict[str, Any]]:
         layer: Any = OmegaConf.to_container(OmegaConf.create(text))
     except UnicodeDecodeError as error:
         raise ValueError(f"must be UTF-8 text: {error}") from error
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise ValueError(f"must be plain YAML: {_one_line(error)}") from error
     return tree, layer
 
@@ -260,9 +285,24 @@ def _at(value: Any, path: KeyPath) -> Any:
     return value
 
 
+def _without_refused(value: Any, path: KeyPath, merged: Merged) -> Any:
+    """The values that a recipe may hold; each of the others becomes a mistake."""
+    if not isinstance(value, dict | list):
+        return value
+    kept: dict[Any, Any] = {}
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        here = (*path, key)
+        if problem := value_problem(key) or value_problem(inner):
+            merged.mistakes.append(Mistake(merged.origin(here), _dotted(here), problem))
+            merged.unknown.add(here)
+        else:
+            kept[key] = _without_refused(inner, here, merged)
+    return kept if isinstance(value, dict) else list(kept.values())
+
+
 def _resolve(node: Any, path: KeyPath, merged: Merged) -> Any:
     """Plain values of a node; what cannot be resolved is left out and becomes a mistake."""
-    if len(path) > _DEEPEST:
+    if len(path) > DEEPEST:  # two keys that refer to each other
         raise RecursionError
     is_list = isinstance(node, ListConfig)
     keys: Iterable[Any] = range(len(node)) if is_list else node.keys()
@@ -283,9 +323,6 @@ def _resolve(node: Any, path: KeyPath, merged: Merged) -> Any:
         else:
             plain[key] = value
     return list(plain.values()) if is_list else plain
-
-
-_DEEPEST = 20  # Nobody nests that deep, but two keys that refer to each other do.
 
 
 def _cannot_resolve(error: Exception, key: str) -> str:

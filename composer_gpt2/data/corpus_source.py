@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from composer_gpt2.data.download import is_url, read_bytes
+from composer_gpt2.data.mds_index import MDSIndex, describe_problem
 from composer_gpt2.data.part_files import part_file, remove_dead_parts
 from composer_gpt2.tokenizer import RANKS_SHA256
 
@@ -138,6 +139,14 @@ class CorpusSource:
                 "sequence_length to what they have, or prepare the corpus again with this "
                 "--sequence-length"
             )
+        sample_bytes = 4 + 2 * expected.sequence_length  # where it begins, and its tokens
+        for shard in self._shards:
+            if 8 + shard["samples"] * sample_bytes > shard["raw_data"]["bytes"]:
+                problems.append(
+                    f"{shard['raw_data']['basename']} must have room for the {shard['samples']} "
+                    f"samples that index.json counts in it, got {shard['raw_data']['bytes']} "
+                    "bytes; prepare the corpus again"
+                )
         if expected.hashes and not all(shard["raw_data"]["hashes"] for shard in self._shards):
             problems.append(
                 "every shard must have a hash in index.json, got shards without; write them with "
@@ -146,6 +155,12 @@ class CorpusSource:
         if expected.tokenizer is not None:
             problems += self._description_problems(expected, expected.tokenizer)
         return [f"{self.name}: {problem}." for problem in problems]
+
+    def missing_shards(self) -> list[str]:
+        """Paths that the index names and the folder that is read in place has not."""
+        names = [shard["raw_data"]["basename"] for shard in self._shards]
+        paths = [os.path.join(self.shard_folder, name) for name in names]
+        return [path for path in paths if not os.path.isfile(path)]
 
     def prepare_cache(self) -> None:
         """Leaves the index that was checked in the cache folder, where streaming looks first.
@@ -192,7 +207,9 @@ class CorpusSource:
                 f"{url} must say with which tokenizer the shards were made, but there is none; "
                 f"pass check_tokenizer=False if you know that it was {tokenizer!r}"
             ]
-        its_tokenizer = corpus.get("tokenizer", {})
+        its_tokenizer = corpus.get("tokenizer")
+        if not isinstance(its_tokenizer, dict):
+            its_tokenizer = {}
         comparisons = [
             ("sequence_length", expected.sequence_length, corpus.get("sequence_length")),
             ("dtype", DTYPE, corpus.get("dtype")),
@@ -256,20 +273,20 @@ def _write(path: str, data: bytes) -> None:
 
 def _parse_index(data: bytes, name: str) -> list[dict[str, Any]]:
     index = _parse_json(data, name)
-    shards = index.get("shards", [])
-    formats = {shard.get("format") for shard in shards}
-    if index.get("version") != 2 or formats - {"mds"}:
+    try:
+        MDSIndex.model_validate(index)
+    except ValueError as error:
         raise ValueError(
-            f"{name}: index.json must be of MDS shards in version 2, got version "
-            f"{index.get('version')!r} of {sorted(map(str, formats))}; prepare the corpus again."
-        )
-    return shards
+            f"{name}: index.json must be of MDS shards in version 2, but "
+            f"{describe_problem(error)}; prepare the corpus again."
+        ) from error
+    return index["shards"]
 
 
 def _parse_json(data: bytes, name: str) -> dict[str, Any]:
     try:
         parsed = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         parsed = error
     if not isinstance(parsed, dict):
         raise ValueError(

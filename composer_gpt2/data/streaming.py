@@ -36,6 +36,8 @@ _REMOTE, _PREPARING, _LOCAL = map(
     int, (_ShardState.REMOTE, _ShardState.PREPARING, _ShardState.LOCAL)
 )
 
+_TOKEN_BYTES = np.dtype(DTYPE).itemsize
+
 
 class StreamingTokens(StreamingDataset):
     """Sequences of tokens from one or several prepared corpora, in an order that is elastic.
@@ -215,6 +217,14 @@ class StreamingTokens(StreamingDataset):
             except FileNotFoundError:
                 self.prepare_shard(shard_id, blocking=False)
                 continue
+            except (IndexError, ValueError):  # no such sample in the file, or one that ends outside
+                data = b""
+            if len(data) != _TOKEN_BYTES * self.sequence_length:
+                raise ShardError(
+                    f"Sample {sample_in_shard} of shard {shard_id} must have "
+                    f"{self.sequence_length} tokens, got {len(data)} bytes; prepare the corpus "
+                    "again."
+                )
             self._shard_access_times[shard_id] = time_ns()
             return {"input_ids": np.frombuffer(data, DTYPE).astype(np.int64)}
         raise ShardError(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import xxhash
+from pydantic import BaseModel, ConfigDict, Field
 from tqdm import tqdm
 
+from composer_gpt2.data.mds_index import SAFE_NAME, MDSIndex, describe_problem
 from composer_gpt2.data.object_store import ObjectStore, open_store
 from composer_gpt2.data.preparation import CORPUS
 from composer_gpt2.data.token_shards import INDEX, STATE
@@ -52,7 +54,7 @@ def verify(url: str, *, progress: bool = True) -> dict[str, Any]:
                 f"{url} must hold a prepared corpus, but there is no {CORPUS}; check the path, or "
                 "prepare one."
             )
-        corpus = json.loads(store.read_bytes(CORPUS))
+        corpus = _read_description(store, url)
         mistakes = list(_mistakes(store, names, corpus, progress))
     if mistakes:
         lines = "".join(f"\n  {mistake}" for mistake in mistakes)
@@ -61,6 +63,37 @@ def verify(url: str, *, progress: bool = True) -> dict[str, Any]:
             "copy, or prepare the corpus again with overwrite (--overwrite)."
         )
     return corpus
+
+
+def _read_description(store: ObjectStore, url: str) -> dict[str, Any]:
+    """``corpus.json``, with everything in it that is used below."""
+    content = store.read_bytes(CORPUS)
+    try:
+        _Description.model_validate_json(content)
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        reason = describe_problem(error)
+        raise DamagedCorpusError(
+            f"{url} must be as it was prepared, but {CORPUS} is not a description of a corpus "
+            f"({reason}); copy it again from a good copy, or prepare the corpus again."
+        ) from error
+
+
+class _Split(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    samples: int
+    shards: int
+    tokens: int
+    remainder_tokens: int
+    documents: int
+
+
+class _Description(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    sequence_length: Annotated[int, Field(gt=0)]
+    splits: dict[Annotated[str, Field(pattern=SAFE_NAME)], _Split]
 
 
 class DamagedCorpusError(ValueError):
@@ -88,9 +121,11 @@ def _mistakes(
             yield f"{split}/{INDEX}: is missing"
             continue
         try:
-            indexes[split] = json.loads(store.read_bytes(f"{split}/{INDEX}"))["shards"]
-        except (ValueError, KeyError) as error:
-            yield f"{split}/{INDEX}: is not an index ({error!r})"
+            content = store.read_bytes(f"{split}/{INDEX}")
+            MDSIndex.model_validate_json(content)
+            indexes[split] = json.loads(content)["shards"]
+        except (ValueError, RecursionError) as error:
+            yield f"{split}/{INDEX}: is not an index ({describe_problem(error)})"
     n_bytes = sum(_stored(shard)["bytes"] for shards in indexes.values() for shard in shards)
     with tqdm(total=n_bytes, desc="verify", unit="B", unit_scale=True, disable=not progress) as bar:
         for split, shards in indexes.items():
@@ -165,13 +200,18 @@ def _read_shard(path: Path, shard: dict[str, Any], length: int) -> np.ndarray | 
     if shard["zip_data"]:
         if mistake := _compare(data, shard["zip_data"]):
             return mistake
-        data = decompress(shard["compression"], data)
+        try:
+            data = decompress(shard["compression"], data)
+        except Exception as error:  # each algorithm has exceptions of its own
+            return f"must be {shard['compression']}, got {type(error).__name__}: {error}"
     if mistake := _compare(data, shard["raw_data"]):
         return mistake
     # MDS: the number of samples, where each begins and the last ends, a header, the samples.
     n_samples = int.from_bytes(data[:4], "little")
     if n_samples != shard["samples"]:
         return f"must have {shard['samples']} samples, got {n_samples}"
+    if len(data) < 4 * (n_samples + 2):
+        return f"must have room for {n_samples} samples, got {len(data)} bytes"
     starts = np.frombuffer(data, np.uint32, n_samples + 1, offset=4).astype(np.int64)
     if starts[-1] != len(data) or (np.diff(starts) != 2 * length).any():
         return f"must hold samples of {length} tokens of 2 bytes, got others"
