@@ -14,13 +14,18 @@ PREPARE ?=
 ARGS   ?=
 WORKERS ?= 2
 
-.PHONY: help install train test lint docs clean
+# `make chaos`: how often the run is killed, and what decides where, how, and what else goes wrong.
+KILLS ?= 12
+SEED  ?= $(shell date +%s)
+
+.PHONY: help install train test chaos lint docs clean
 
 help:
 	@echo "make train   set up, then train a GPT-2 from streamed text and sample from it"
 	@echo "             RECIPE=yamls/... DATA=my.jsonl ARGS='optimizer.adamw.lr=3.0e-4' for your own"
 	@echo "             DATA=my.txt PREPARE=\"--split-on '\\\\n\\\\n' --validation-fraction 0.1\" for one text file"
 	@echo "make test    set up, then run the linters and the whole test suite"
+	@echo "make chaos   kill and restart a run, 12 times, in a world that fails (KILLS=3 SEED=1)"
 	@echo "make docs    set up, then build the documentation into docs/_build/html"
 	@echo "make clean   remove what the above made, except runs/"
 
@@ -57,6 +62,9 @@ lint: $(VENV)/.installed
 
 test: lint
 	$(BIN)/pytest -n $(WORKERS) --dist loadgroup
+
+chaos: $(VENV)/.installed
+	CHAOS_KILLS=$(KILLS) CHAOS_SEED=$(SEED) $(BIN)/pytest tests/chaos -s
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html

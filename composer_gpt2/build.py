@@ -16,9 +16,11 @@ from typing import Any, cast
 
 import torch
 from composer import Algorithm, Callback, Trainer
-from composer.core import Batch, DataSpec, Evaluator
+from composer.algorithms import EMA
+from composer.core import Batch, DataSpec, Evaluator, State
 from composer.utils import collect_env, dist, get_device, reproducibility
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from composer_gpt2 import registry
 from composer_gpt2.checkpoints.exact_resume import ExactResume
@@ -124,6 +126,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
         # Composer would restore it at the beginning of an epoch only.
         trainer.state.callbacks.append(ExactResume(trainer._rng_state))
         trainer._rng_state = None
+    _rename_averages(trainer.state)
     return trainer
 
 
@@ -233,6 +236,7 @@ def build_dataloader(recipe: Recipe, split: str) -> DataSpec:
             cache_limit=data.cache_limit,
             download_retry=data.download_retry,
             download_timeout=data.download_timeout,
+            drop_last=training,
             check_tokenizer=data.check_tokenizer,
         )
     except (ValueError, OSError) as error:
@@ -370,6 +374,21 @@ def check_for_this_machine(recipe: Recipe, *, n_ranks: int, on_cpu: bool) -> Non
         )
     if mistakes:
         raise RecipeError(mistakes)
+
+
+def _rename_averages(state: State) -> None:
+    """Gives what Composer's EMA has loaded the names of this model, which it ignores otherwise.
+
+    It saves them as they are on several ranks, where the model is wrapped, or on one.
+    """
+    prefix = "module." if isinstance(state.model, DistributedDataParallel) else ""
+    for algorithm in state.algorithms:
+        if isinstance(algorithm, EMA) and algorithm.ema_model is not None:
+            average = algorithm.ema_model
+            for kind in ("named_parameters_dict", "named_buffers_dict"):
+                tensors = getattr(average, kind).items()
+                renamed = {prefix + name.removeprefix("module."): t for name, t in tensors}
+                setattr(average, kind, renamed)
 
 
 def _share_cores() -> None:

@@ -482,11 +482,14 @@ def test_what_could_not_be_uploaded_is_gone_on_from_and_uploaded(load, s3_bucket
         trainer.fit()
     trainer.close()
     assert newest_batch(address) == 3
-    assert newest_batch(str(tmp_path / "run" / "uploading")) == 6
+    uploading = tmp_path / "run" / "uploading"
+    assert newest_batch(str(uploading)) == 6
+    (uploading / "ep0-ba7-rank0.pt").write_bytes(b"killed before the manifest")
     trainer = build_trainer(load(own))
     assert trainer.state.timestamp.batch == 6
     trainer.fit()
     trainer.close()
+    assert not list(uploading.iterdir())
     assert newest_batch(address) == 20
     with open_store(address) as store:
         assert "ep0-ba6-rank0.json" in store.names()

@@ -123,6 +123,9 @@ class VerifiedCheckpointSaver(CheckpointSaver):
         unsent = []
         if self._store is not None:
             unsent = sorted(whole.values(), key=lambda manifest: manifest.batch)
+            finished = {name for manifest in unsent for name in (manifest.file, *manifest.files)}
+            for name in set(os.listdir(folder)) - finished:
+                (folder / name).unlink()  # of a checkpoint that was never finished
             whole = _manifests(self._store.names(), self._store.read_bytes)
         # Those of a later batch are damaged, or this run would have gone on from them.
         now = state.timestamp.batch.value

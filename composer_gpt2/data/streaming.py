@@ -82,6 +82,9 @@ class StreamingTokens(StreamingDataset):
         download_retry: Attempts after the first to fetch a shard or an index, 1, 2, 4, ... (at most
             30) seconds apart; 8 outlast a fault of two minutes.
         download_timeout: Seconds that the store may stay silent within one attempt.
+        drop_last: Whether an epoch leaves out what does not fill a batch of all ranks. Otherwise
+            streaming repeats sequences until each rank has as many: other ones for each number of
+            ranks.
 
     Raises:
         ValueError: The shards are not what the arguments say, or the arguments contradict.
@@ -112,6 +115,7 @@ class StreamingTokens(StreamingDataset):
         cache_limit: int | str | None = None,
         download_retry: int = DEFAULT_RETRIES,
         download_timeout: float = 60.0,
+        drop_last: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1 sequence, got {batch_size}.")
@@ -175,6 +179,9 @@ class StreamingTokens(StreamingDataset):
                 download_timeout=download_timeout,
             )
             self._failure = SharedFailure(self._shm_prefix_int)
+        if drop_last:
+            self.epoch_size -= self.epoch_size % global_batch_size
+            self.length = self.epoch_size // world.num_ranks
         for stream in shard_streams:
             stream.failure = self._failure
         self._event: Any = self._failure  # what streaming's loops poll, see SharedFailure
