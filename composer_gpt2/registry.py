@@ -161,7 +161,11 @@ _BUILT_IN: dict[Kind, tuple[Entry, ...]] = {
     "optimizers": (
         # Where a class decays weights unasked, the recipe has to say how much.
         _optimizer("adamw", "torch.optim:AdamW", "weight_decay"),
-        _optimizer("decoupled_adamw", "composer.optim:DecoupledAdamW", "weight_decay"),
+        _optimizer(
+            "decoupled_adamw",
+            "composer_gpt2.decoupled_adamw:FusedDecoupledAdamW",
+            "weight_decay",
+        ),
         _optimizer("decoupled_sgdw", "composer.optim:DecoupledSGDW"),
         _optimizer("adam", "torch.optim:Adam"),
         _optimizer("nadam", "torch.optim:NAdam"),

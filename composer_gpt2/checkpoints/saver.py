@@ -243,6 +243,8 @@ class VerifiedCheckpointSaver(CheckpointSaver):
 
     def _start_upload(self, manifest: Manifest) -> None:
         assert self._uploader is not None
+        if len(self._uploads) > 1:  # one under way, one waiting: more would fill the disk
+            self._uploads.pop(0).result()
         self._uploads.append(self._uploader.submit(self._upload, manifest))
 
     def _upload(self, manifest: Manifest) -> None:

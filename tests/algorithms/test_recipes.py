@@ -87,12 +87,14 @@ def test_the_three_together_train_on_two_ranks_and_leave_receipts(tiny_corpus, t
     ):
         assert effect in said
     assert "at init " in said
-    assert "ALiBi, FusedCrossEntropy, SequenceLengthWarmup, GradientClipping" in said
+    order = "ALiBi, FusedCrossEntropy, SequenceLengthWarmup, SkipNonfinite, GradientClipping"
+    assert order in said
     proofs = json.loads((tmp_path / "runs" / "three" / "receipts.json").read_text())
     assert [proof["algorithm"] for proof in proofs] == [
         "alibi",
         "fused_cross_entropy",
         "seq_length_warmup",
+        "skip_nonfinite",
     ]
     assert proofs[0]["probe"]["largest error against the formula"] < 1e-5
     # The first of three batches has 8 tokens a sequence, the others are beyond three tenths.
@@ -116,7 +118,8 @@ def test_a_fast_recipe_starts_on_two_ranks(size, tiny_corpus, tmp_path):
     )
     assert status == 0, said
     proofs = json.loads((tmp_path / "runs" / "fast" / "receipts.json").read_text())
-    assert [proof["algorithm"] for proof in proofs] == ["fused_block", "fused_cross_entropy"]
+    names = [proof["algorithm"] for proof in proofs]
+    assert names == ["fused_block", "fused_cross_entropy", "skip_nonfinite"]
 
 
 @pytest.mark.parametrize("size", ["52m", "83m", "125m"])
@@ -142,6 +145,7 @@ def test_a_speedup_recipe_starts_on_two_ranks(size, tiny_corpus, tmp_path):
         "fused_layernorm",
         "fused_cross_entropy",
         "seq_length_warmup",
+        "skip_nonfinite",
     ]
     # Sequences of 64 tokens are trained as four of 16.
     assert "sequences of 16 tokens have 2 distinct lengths" in said
