@@ -1,6 +1,7 @@
 """Peak memory of training on a CPU, with what saves memory at the price of time.
 
-Each setting trains two batches in our Trainer, in a process of its own, once.
+Each setting trains two batches in our Trainer, in a process of its own, once. A second table says
+where the memory goes, phase by phase, in a plain loop.
 
     python benchmarks/memory.py --hardware 2cpu
 """
@@ -8,6 +9,9 @@ Each setting trains two batches in our Trainer, in a process of its own, once.
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
 from datetime import date
 from pathlib import Path
 
@@ -33,8 +37,14 @@ SETTINGS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--recipe", default="yamls/gpt2-125m-fast.yaml")
-    parser.add_argument("--hardware", required=True)
+    parser.add_argument("--hardware", default="")
+    parser.add_argument("--phases", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.phases:
+        measure_phases(arguments.recipe)
+        return
+    if not arguments.hardware:
+        parser.error("--hardware must name the machine, such as 2cpu")
     found = versions()
     lines = [
         f"# Peak memory of {Path(arguments.recipe).name}: {arguments.hardware}",
@@ -56,9 +66,69 @@ def main() -> None:
             peak = _fresh(settings, ours, bar)["peak_bytes"]
         lines.append(f"| {label} | {peak / 1e9:.2f} | {peak / 2**30:.2f} |")
         print(lines[-1], flush=True)
+    lines += [
+        "",
+        "As it is, without a Trainer: resident after each phase, and the peak so far. Freed memory",
+        "is returned after each of the first two steps, as in a run.",
+        "",
+        "| phase | resident, GB | peak, GB |",
+        "|---|---|---|",
+        *phase_rows(arguments.recipe),
+    ]
     path = Path(__file__).with_name(f"memory_{arguments.hardware}_{date.today():%Y%m}.md")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(path)
+
+
+def phase_rows(recipe: str) -> list[str]:
+    """The second table, measured in a fresh process."""
+    command = [sys.executable, __file__, "--recipe", recipe, "--phases"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = json.loads(output.splitlines()[-1])
+    return [f"| {phase} | {resident:.2f} | {peak:.2f} |" for phase, resident, peak in rows]
+
+
+def measure_phases(recipe_file: str) -> None:
+    """Prints phase, resident size and peak in GB, as one line of JSON."""
+    from composer_gpt2.memory import _return_freed_memory, keep_freed_memory
+
+    keep_freed_memory()
+    import composer_gpt2.train  # noqa: F401 (what a run imports)
+    from composer_gpt2 import registry
+    from composer_gpt2.build import build_model, build_optimizer
+    from composer_gpt2.contract import SpeedupAlgorithm, installation_order
+    from composer_gpt2.recipe import load_recipe
+
+    rows: list[tuple[str, float, float]] = []
+
+    def note(phase: str) -> None:
+        status = Path("/proc/self/status").read_text().splitlines()
+        sizes = dict(line.split(":", 1) for line in status if line.startswith("Vm"))
+        resident, peak = (int(sizes[key].split()[0]) * 1024 / 1e9 for key in ("VmRSS", "VmHWM"))
+        rows.append((phase, resident, peak))
+
+    note("imports")
+    recipe = load_recipe([recipe_file], ["data.remote=/none", "algorithms.skip_nonfinite=null"])
+    model = build_model(recipe, on_cpu=True)
+    built = [registry.get("algorithms", n).load()(**a) for n, a in recipe.algorithms.items()]
+    for algorithm in installation_order(built):
+        assert isinstance(algorithm, SpeedupAlgorithm)
+        algorithm.apply_to_model(model.model, ())
+    optimizer = build_optimizer(recipe, model)
+    note("model, in float32")
+    ids = torch.randint(50257, (4, 1024))
+    for step in (1, 2, 3):
+        loss = model({"input_ids": ids, "labels": ids}).loss
+        assert loss is not None
+        note(f"forward {step}")
+        loss.backward()
+        note(f"backward {step}")
+        optimizer.step()
+        optimizer.zero_grad()
+        note(f"optimizer step {step}")
+        if step < 3:
+            _return_freed_memory()
+    print(json.dumps(rows))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ N_BATCHES, SAVED = 12, 6
 
 # Without dropout, for each rank draws its own random numbers. In epochs of 8 batches and 2 samples,
 # which no number of ranks may make a ninth. EMA keeps a copy of the weights of its own.
+# Gradients of the keys' biases are rounding errors, which AdamW's usual epsilon would make steps of.
 RECIPE = f"""
 model: {{name: gpt2-tiny, n_embd: 16, n_layer: 2, n_head: 2, dropout: 0.0}}
 data: {{streams: {{counting: {{repeat: 0.075}}}}, sequence_length: 64, validation_split: null}}
@@ -30,7 +31,7 @@ train_batch_size: 4
 max_duration: {N_BATCHES}ba
 precision: fp32
 device: cpu
-optimizer: {{adamw: {{lr: 1.0e-2, weight_decay: 0.1}}}}
+optimizer: {{adamw: {{lr: 1.0e-2, weight_decay: 0.1, eps: 1.0e-4}}}}
 schedulers: {{cosine_decay_with_warmup: {{t_warmup: 1ba}}}}
 algorithms: {{ema: {{half_life: 2ba}}}}
 save_interval: {SAVED}ba
