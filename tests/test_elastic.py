@@ -23,7 +23,7 @@ N_BATCHES, SAVED = 12, 6
 
 # Without dropout, for each rank draws its own random numbers. In epochs of 8 batches and 2 samples,
 # which no number of ranks may make a ninth. EMA keeps a copy of the weights of its own.
-# Gradients of the keys' biases are rounding errors, which AdamW's usual epsilon would make steps of.
+# Gradients of the keys' biases are rounding errors, of which AdamW's usual epsilon makes steps.
 RECIPE = f"""
 model: {{name: gpt2-tiny, n_embd: 16, n_layer: 2, n_head: 2, dropout: 0.0}}
 data: {{streams: {{counting: {{repeat: 0.075}}}}, sequence_length: 64, validation_split: null}}
