@@ -96,7 +96,7 @@ def measure_phases(recipe_file: str) -> None:
     import composer_gpt2.train  # noqa: F401 (what a run imports)
     from composer_gpt2 import registry
     from composer_gpt2.build import build_model, build_optimizer
-    from composer_gpt2.contract import SpeedupAlgorithm, installation_order
+    from composer_gpt2.contract import SpeedupAlgorithm, installation_order, language_model
     from composer_gpt2.recipe import load_recipe
 
     rows: list[tuple[str, float, float]] = []
@@ -113,7 +113,7 @@ def measure_phases(recipe_file: str) -> None:
     built = [registry.get("algorithms", n).load()(**a) for n, a in recipe.algorithms.items()]
     for algorithm in installation_order(built):
         assert isinstance(algorithm, SpeedupAlgorithm)
-        algorithm.apply_to_model(model.model, ())
+        algorithm.apply_to_model(language_model(model, algorithm.name), ())
     optimizer = build_optimizer(recipe, model)
     note("model, in float32")
     ids = torch.randint(50257, (4, 1024))
