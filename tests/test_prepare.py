@@ -557,7 +557,7 @@ def test_trouble_with_the_bucket_is_told_before_the_work(
 def test_other_kinds_of_stores_and_files_in_the_way_are_refused(tmp_path, corpus):
     with pytest.raises(ValueError, match="must be in a folder or at an address"):
         prepare([corpus[0]], "ftp://host/x", **SETTINGS)
-    with pytest.raises(NotADirectoryError, match="must be a folder"):
+    with pytest.raises(NotADirectoryError, match="must be in a folder, got the file"):
         prepare([corpus[0]], corpus[0], **SETTINGS)
 
 

@@ -88,7 +88,8 @@ def _reason(source: object, error: Exception) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own, about its own storages
             named = torch.serialization.get_unsafe_globals_in_checkpoint(str(source))
-    except Exception:  # no file, or none of torch's making: its own words must do
+    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError):
+        # No file, or none of torch's making: the error has said so.
         named = []
     harmless = {f"{kind.__module__}.{kind.__qualname__}" for kind in _HARMLESS}
     wanted = sorted(set(named) - harmless)

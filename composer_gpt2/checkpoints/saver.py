@@ -33,6 +33,7 @@ from composer_gpt2.checkpoints.manifest import (
 )
 from composer_gpt2.contract import language_model
 from composer_gpt2.data.object_store import ObjectStore, open_store
+from composer_gpt2.data.part_files import sync_to_disk
 from composer_gpt2.data.retrying import DEFAULT_RETRIES
 
 __all__ = ["UNFINISHED", "VerifiedCheckpointSaver"]
@@ -217,18 +218,18 @@ class VerifiedCheckpointSaver(CheckpointSaver):
             unfinished = folder / f"{UNFINISHED}{name}"
             write(unfinished)
             files[name] = record_file(unfinished)
-            _flush(unfinished)
+            sync_to_disk(unfinished)
             unfinished.replace(folder / name)
         whole = Manifest(manifest.name, manifest.times, files, manifest.recipe)
         unfinished = folder / f"{UNFINISHED}{whole.file}"
         unfinished.write_text(whole.to_json(), encoding="utf-8")
-        _flush(unfinished)
+        sync_to_disk(unfinished)
         unfinished.replace(folder / whole.file)
         if self._address is None:
             link = folder / f"{UNFINISHED}{_LATEST}"
             link.symlink_to(whole.state_file)
             link.replace(folder / _LATEST)
-        _flush(folder)
+        sync_to_disk(folder)
         return whole
 
     def _publish(self, manifest: Manifest) -> None:
@@ -320,15 +321,6 @@ def _manifests(names: Iterable[str], read: Callable[[str], bytes]) -> dict[str, 
             manifest = read_manifest(read(name))
             found[manifest.name] = manifest
     return found
-
-
-def _flush(path: Path) -> None:
-    """Waits until a file, or the names in a folder, would survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -23,6 +23,7 @@ from urllib.parse import ParseResult, urlparse
 from typing_extensions import Self
 
 from composer_gpt2.data.download import download
+from composer_gpt2.data.part_files import sync_to_disk
 from composer_gpt2.data.retrying import DEFAULT_RETRIES, call_with_retries
 
 __all__ = ["ObjectStore", "check_bucket", "open_store"]
@@ -207,10 +208,10 @@ class _Folder(ObjectStore):
     def put(self, name: str) -> None:
         source, target = self.work_dir / name, self._root / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        _fsync(source)  # a rename must not survive a power cut that the data did not
+        sync_to_disk(source)  # a rename must not survive a power cut that the data did not
         source.replace(target)
-        _fsync(target.parent)
-        _fsync(self._root)  # in which the parent may be new
+        sync_to_disk(target.parent)
+        sync_to_disk(self._root)  # in which the parent may be new
 
     @contextmanager
     def local_copy(self, name: str) -> Iterator[Path]:
@@ -326,12 +327,3 @@ class _Bucket(ObjectStore):
 
 def _children(path: Path) -> list[Path]:
     return list(path.iterdir()) if path.is_dir() else []
-
-
-def _fsync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["part_file", "remove_dead_parts"]
+__all__ = ["part_file", "remove_dead_parts", "sync_to_disk"]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the last is a limit on the size of files
 _UNTOUCHED_SECONDS = 3600.0
@@ -62,6 +62,19 @@ def remove_dead_parts(folder: str) -> None:
                 path.unlink()
         except FileNotFoundError:
             continue  # finished, or removed by another run
+
+
+def sync_to_disk(path: Path) -> None:
+    """Waits until a file, or the names in a folder, would survive a power cut.
+
+    Raises:
+        OSError: There is no such file, or the disk fails.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _is_alive(process_id: int) -> bool:
