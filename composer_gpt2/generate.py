@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-import yaml
 
 from composer_gpt2.model import GPT2Model
 from composer_gpt2.tokenizer import END_OF_TEXT, get_encoding, get_tokenizer
 
-__all__ = ["find_checkpoint", "generate"]
+__all__ = ["generate"]
 
 
 def generate(
@@ -69,21 +66,3 @@ def generate(
     finally:
         model.train(was_training)
     return get_tokenizer().batch_decode(outputs[:, 1:], skip_special_tokens=True)
-
-
-def find_checkpoint(path: str) -> str:
-    """The newest checkpoint of a run folder; any other path, address or hub id as it is.
-
-    Raises:
-        FileNotFoundError: A run folder without a checkpoint.
-    """
-    if not (Path(path) / "recipe.yaml").is_file():
-        return path
-    save_folder = yaml.safe_load((Path(path) / "recipe.yaml").read_text())["save_folder"]
-    latest = f"{save_folder}/latest-rank0.pt"
-    if "://" not in latest and not Path(latest).exists():
-        raise FileNotFoundError(
-            f"the run in {path} must have saved a checkpoint to generate from, got none in "
-            f"{save_folder}; let it run longer, or start this where the run was started."
-        )
-    return latest

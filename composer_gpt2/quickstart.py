@@ -26,10 +26,10 @@ from composer_gpt2.build import check_for_this_machine
 from composer_gpt2.data.local_s3 import LocalS3, local_s3_server
 from composer_gpt2.data.preparation import prepare, summarize
 from composer_gpt2.documentation import write_documentation
-from composer_gpt2.generate import find_checkpoint, generate
-from composer_gpt2.model import GPT2Model
+from composer_gpt2.generate import generate
 from composer_gpt2.recipe import Recipe, RecipeError, load_recipe
 from composer_gpt2.tokenizer import VOCAB_SIZE
+from composer_gpt2.trained_model import load_trained_model
 
 __all__ = ["quickstart", "unigram_entropy"]
 
@@ -107,10 +107,7 @@ def quickstart(
     if corpus is not None:
         entropy = unigram_entropy(corpus / recipe.data.train_split)
         _say(f"Unigram entropy {entropy:.3f} nats a token: a model that knows no context")
-    checkpoint = find_checkpoint(str(run_folder))
-    model = GPT2Model.from_pretrained(checkpoint)
-    if torch.cuda.is_available():
-        model.cuda()
+    model = load_trained_model(str(run_folder))
     n_tokens = min(_SAMPLE_TOKENS, recipe.data.sequence_length // 2)
     (text,) = generate(model, _PROMPT, max_new_tokens=n_tokens, top_k=50, seed=recipe.seed)
     _say(f"A sample:\n\n{text}\n")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from composer_gpt2.algorithms import apply_alibi
-from composer_gpt2.generate import find_checkpoint, generate
+from composer_gpt2.generate import generate
 from composer_gpt2.model import GPT2Model
 from composer_gpt2.tokenizer import END_OF_TEXT, get_encoding
 
@@ -74,16 +74,3 @@ def test_a_model_without_positions_writes_on_beyond_them():
     for _ in range(30):  # without a cache, the definition
         ids.append(int(model.eval()({"input_ids": torch.tensor([ids])}).logits[0, -1].argmax()))
     assert text == get_encoding().decode(ids[1:])
-
-
-def test_a_run_folder_stands_for_its_newest_checkpoint(tmp_path):
-    assert find_checkpoint(str(tmp_path)) == str(tmp_path)
-    checkpoints = tmp_path / "elsewhere"
-    (tmp_path / "recipe.yaml").write_text(f"save_folder: {checkpoints}\n")
-    with pytest.raises(FileNotFoundError, match="must have saved a checkpoint"):
-        find_checkpoint(str(tmp_path))
-    checkpoints.mkdir()
-    (checkpoints / "latest-rank0.pt").touch()
-    assert find_checkpoint(str(tmp_path)) == str(checkpoints / "latest-rank0.pt")
-    (tmp_path / "recipe.yaml").write_text("save_folder: s3://bucket/run\n")
-    assert find_checkpoint(str(tmp_path)) == "s3://bucket/run/latest-rank0.pt"
