@@ -38,13 +38,16 @@ INSTALL_REQUIRES = [
     "typing-extensions>=4",
 ]
 
+ONNX = ["onnx>=1.17", "onnxruntime>=1.19", "onnxscript>=0.2"]  # `export --onnx`
 LOCAL_S3 = ["moto[server,s3]>=5"]  # the S3 server of `make train` and of the tests
 
 EXTRAS_REQUIRE = {
     "s3-server": LOCAL_S3,
+    "onnx": ONNX,
     "gpu": ["liger-kernel>=0.8,<0.9"],  # kernels of fused_layernorm and fused_cross_entropy
     "test": [
         *LOCAL_S3,
+        *ONNX,
         "codespell>=2.3",
         "hypothesis>=6.100",
         "pyright>=1.1.380",

@@ -139,6 +139,12 @@ class SpeedupAlgorithm(Algorithm):
     free_on_resume: ClassVar[frozenset[str]] = frozenset()
     """Settings of an architectural algorithm that a resumed run may change."""
 
+    exported_as: ClassVar[str | None] = None
+    """Of an architectural algorithm: the function, ``module:function``, that makes the same change
+    in an exported model. It takes a ``ComposerGPT2LMHeadModel`` and the settings. Its module
+    imports torch, transformers and the standard library alone: its code is copied into the model's,
+    which runs where this package is not installed."""
+
     reads_any_length: ClassVar[bool] = False
     """Whether the network has no learned positions left, so that sequences may be longer."""
 
@@ -157,6 +163,17 @@ class SpeedupAlgorithm(Algorithm):
         Raises:
             NoEffectError: There is nothing to change.
         """
+
+    @classmethod
+    def take_out(cls, module: GPT2LMHeadModel) -> bool:
+        """Changes a network that has it into one without and with the same predictions.
+
+        Called before an export; what can be taken out needs no :attr:`exported_as`.
+
+        Returns:
+            False if that cannot be done, and nothing was changed.
+        """
+        return False
 
     def check_plan(self, plan: Plan) -> None:
         """Refuses a run that could not work, before anything is built.

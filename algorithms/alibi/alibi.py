@@ -169,6 +169,7 @@ class ALiBi(SpeedupAlgorithm):
     name = "alibi"
     stage = Stage.ATTENTION
     architectural = True
+    exported_as = "algorithms.alibi.exported:apply_alibi"
     free_on_resume = frozenset({"kernel"})
     reads_any_length = True
 

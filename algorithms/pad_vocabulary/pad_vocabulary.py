@@ -130,6 +130,12 @@ class PadVocabulary(SpeedupAlgorithm):
         if self.multiple_of < 1:
             raise ValueError(f"multiple_of must be at least 1, got {self.multiple_of}.")
 
+    @classmethod
+    @override
+    def take_out(cls, module: GPT2LMHeadModel) -> bool:
+        trim_vocabulary(module)
+        return True
+
     @override
     def apply_to_model(self, module: GPT2LMHeadModel, optimizers: Sequence[Optimizer]) -> Receipt:
         return apply_pad_vocabulary(module, multiple_of=self.multiple_of, optimizers=optimizers)

@@ -104,6 +104,7 @@ class ParallelResidual(SpeedupAlgorithm):
     name = "parallel_residual"
     stage = Stage.BLOCK
     architectural = True
+    exported_as = "algorithms.parallel_residual.exported:apply_parallel_residual"
 
     @override
     def apply_to_model(self, module: GPT2LMHeadModel, optimizers: Sequence[Optimizer]) -> Receipt:

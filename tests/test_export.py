@@ -1,0 +1,338 @@
+"""Exported models: what was trained, loaded by others, without this package."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fake_hub import TOKEN, fake_hub
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+
+from algorithms.pad_vocabulary import PadVocabulary
+from composer_gpt2.algorithms import (
+    apply_alibi,
+    apply_fused_gelu,
+    apply_pad_vocabulary,
+    apply_parallel_residual,
+)
+from composer_gpt2.build import build_dataloader
+from composer_gpt2.cli import app
+from composer_gpt2.export import LogitsDifferError, NotExportableError, export_model, remote_code
+from composer_gpt2.export.source import load_source
+from composer_gpt2.model import GPT2Model
+from composer_gpt2.recipe import load_recipe
+from composer_gpt2.stop_signals import StopSignals
+from composer_gpt2.train import train
+
+RECIPE = """
+model: {name: gpt2-tiny, n_embd: 32, n_positions: 64, dropout: 0.0}
+data: {sequence_length: 64}
+train_batch_size: 4
+eval_batch_size: 4
+max_duration: 4ba
+optimizer: {adamw: {lr: 1.0e-2, weight_decay: 0.1}}
+algorithms: {ema: {half_life: 2ba}, pad_vocabulary: {}, fused_gelu: {}}
+precision: fp32
+eval_interval: 4ba
+eval_subset_num_batches: 4
+save_interval: 2ba
+run_name: test
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_corpus) -> Path:
+    """A run folder of four batches with averaged weights and a padded vocabulary."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    recipe = load_recipe(
+        [folder / "recipe.yaml"], [f"data.remote={tiny_corpus}", f"run_folder={folder / 'run'}"]
+    )
+    with StopSignals() as signals:
+        train(recipe, signals)
+    return folder / "run"
+
+
+def spread_out(model: GPT2Model) -> GPT2Model:
+    """Weights with which every part matters, unlike those at the start of training."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.2, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory) -> Path:
+    """Weights of a network with everything that changes an architecture."""
+    folder = tmp_path_factory.mktemp("changed") / "model"
+    model = GPT2Model.from_name("gpt2-tiny", n_embd=48, n_head=3, n_positions=32)
+    apply_pad_vocabulary(model)
+    apply_alibi(model)
+    apply_parallel_residual(model)
+    spread_out(model).model.transformer.wte.weight.data[50257:] = 0
+    model.model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def remote(changed, tmp_path_factory) -> Path:
+    """Its export, in a folder whose name has a dot."""
+    out = tmp_path_factory.mktemp("remote") / "gpt2-1.3b"
+    exported = export_model(str(changed), out)
+    assert exported.changes == ("alibi", "parallel_residual")
+    assert exported.difference < 1e-4
+    return out
+
+
+def test_a_run_becomes_a_plain_gpt2(run, tmp_path):
+    out = tmp_path / "out"
+    exported = export_model(str(run), out)
+    assert not exported.changes
+    assert {path.name for path in out.iterdir()} == {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "merges.txt",
+        "model.safetensors",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert type(model) is GPT2LMHeadModel
+    assert model.config.vocab_size == 50257
+    assert "composer_gpt2" not in json.loads((out / "config.json").read_text())
+    tokens = torch.randint(50257, (2, 64))
+    trained = GPT2Model.from_pretrained(run / "checkpoints" / "latest-rank0.pt")
+    expected = trained({"input_ids": tokens}).logits[..., :50257]
+    assert torch.allclose(model(tokens).logits, expected, atol=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer("Hello, I'm a language model,").input_ids[:3] == [15496, 11, 314]
+
+
+def test_the_card_says_how_it_was_trained(run, tmp_path):
+    export_model(str(run), tmp_path / "out", dtype="bfloat16")
+    card = (tmp_path / "out" / "README.md").read_text()
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert (
+        f"| eval | LanguageCrossEntropy | {metrics['eval']['LanguageCrossEntropy']:.4f} |" in card
+    )
+    for text in (
+        "library_name: transformers",
+        "# test\n",
+        "4 batches, 1,024 tokens; the weights are exponential moving averages",
+        "- pad_vocabulary: padded the vocabulary from 50,257 to 50,304 rows",
+        "half_life: 2ba",
+        "| torch |",
+        "parameters in bfloat16",
+    ):
+        assert text in card
+    assert str(run) not in card  # whose folders are nobody else's business
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+
+
+def test_averages_are_exported_as_they_were_evaluated(run):
+    recipe = load_recipe([run / "recipe.yaml"])
+    loader = build_dataloader(recipe, "validation").dataloader
+    losses = {}
+    for weights in ("evaluated", "trained"):
+        with load_source(str(run), weights) as (model, origin), torch.no_grad():
+            assert ("moving averages" in origin.weights) == (weights == "evaluated")
+            batches = list(loader)[:4]
+            losses[weights] = sum(float(model(batch).loss) for batch in batches) / len(batches)
+    measured = json.loads((run / "metrics.json").read_text())["eval"]["LanguageCrossEntropy"]
+    assert losses["evaluated"] == pytest.approx(measured, abs=1e-4)
+    assert abs(losses["trained"] - measured) > 1e-2
+
+
+def test_a_changed_network_runs_where_nothing_of_ours_is_installed(remote, tmp_path):
+    code = (remote / "modeling_composer_gpt2.py").read_text()
+    assert "composer_gpt2." not in code.replace("modeling_composer_gpt2.", "")
+    program = f"""
+import runpy, sys
+blocked = runpy.run_path({str(Path(remote_code.__file__).parent / "isolated.py")!r})["Blocked"]
+sys.meta_path.insert(0, blocked())
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+path = {str(remote)!r}
+model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(path)
+tokens = tokenizer("Hello there", return_tensors="pt")
+greedy = dict(do_sample=False, min_new_tokens=60, max_new_tokens=60)  # the configuration says 32
+cached = model.generate(**tokens, **greedy)
+assert cached.shape == (1, 62)
+assert torch.equal(cached, model.generate(**tokens, **greedy, use_cache=False))
+assert torch.equal(cached[0, 2:], model(cached).logits[0, 1:-1].argmax(-1))
+tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
+several = tokenizer(["Hello there", "one two three four five"], return_tensors="pt", padding=True)
+padded = model.generate(**several, **greedy)
+assert torch.equal(padded[0, -60:], cached[0, 2:]), "left padding changes the text"
+model.train()
+model(cached, labels=cached).loss.backward()
+assert all(p.grad is not None for p in model.parameters())
+model.eval().save_pretrained({str(tmp_path / "again")!r})
+again = AutoModelForCausalLM.from_pretrained({str(tmp_path / "again")!r}, trust_remote_code=True)
+assert torch.equal(again(cached).logits, model(cached).logits)
+assert not [name for name in sys.modules if name.split(".")[0] in ("composer_gpt2", "composer")]
+print("well")
+"""
+    finished = subprocess.run(
+        [sys.executable, "-I", "-c", program],
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert finished.stdout.strip().endswith("well"), finished.stderr
+
+
+def test_a_model_that_computes_something_else_leaves_nothing(changed, tmp_path, monkeypatch):
+    from composer_gpt2.export import program
+
+    right = program.write_folder
+
+    def wrong(model, *arguments, **options):
+        model.model.transformer.h[1].mlp.c_fc.bias.data[0] += 1
+        right(model, *arguments, **options)
+
+    monkeypatch.setattr(program, "write_folder", wrong)
+    plain = tmp_path / "plain"
+    spread_out(GPT2Model.from_name("gpt2-tiny", n_embd=32)).model.save_pretrained(plain)
+    with pytest.raises(LogitsDifferError, match="must have the logits of the trained one"):
+        export_model(str(plain), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [plain]
+
+
+def test_code_that_computes_something_else_leaves_nothing(changed, tmp_path, monkeypatch):
+    from composer_gpt2.export import folder
+
+    right = folder.remote_code
+    monkeypatch.setattr(
+        folder, "remote_code", lambda names: right(names).replace("slope.to(", "-slope.to(")
+    )
+    with pytest.raises(LogitsDifferError, match="must have the logits"):
+        export_model(str(changed), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_folder_is_refused_or_replaced(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    GPT2Model.from_name("gpt2-tiny", n_embd=32).model.save_pretrained(source)
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="must be new or empty"):
+        export_model("no-such-checkpoint.pt", out)  # refused before anything is read
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+    export_model(str(source), out, overwrite=True)
+    assert not (out / "mine.txt").exists()
+    assert (out / "model.safetensors").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_an_algorithm_without_exported_form_is_refused(tmp_path, monkeypatch):
+    model = GPT2Model.from_name("gpt2-tiny", n_embd=32)
+    apply_pad_vocabulary(model, multiple_of=16)
+    model.model.save_pretrained(tmp_path / "source")
+    monkeypatch.setattr(PadVocabulary, "take_out", lambda module: False)
+    with pytest.raises(NotExportableError, match="got pad_vocabulary, whose class PadVocabulary"):
+        export_model(str(tmp_path / "source"), tmp_path / "out")
+    for name, source, problem in (
+        ("imports", "import numpy\ndef apply(network): pass\n", "alone, got numpy"),
+        ("clashes", "class Block: pass\ndef apply(network): pass\n", "once, got Block"),
+        ("lacks", "x = 1\n", "must name a function of lacks"),
+        ("gone", None, "must name a module"),
+    ):
+        if source is not None:
+            (tmp_path / f"{name}.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr(PadVocabulary, "exported_as", f"{name}:apply")
+        with pytest.raises(NotExportableError, match=problem):
+            remote_code.remote_code(["pad_vocabulary"])
+
+
+def test_kernels_leave_no_trace_and_untied_heads_stay(tmp_path):
+    model = spread_out(GPT2Model.from_name("gpt2-tiny", n_embd=32, tie_word_embeddings=False))
+    apply_fused_gelu(model)
+    model.model.save_pretrained(tmp_path / "source")
+    export_model(str(tmp_path / "source"), tmp_path / "out")
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path / "out")
+    assert not torch.equal(loaded.lm_head.weight, loaded.transformer.wte.weight)
+    assert torch.equal(loaded.lm_head.weight, model.model.lm_head.weight)
+
+
+def test_onnx_has_the_same_logits(tmp_path):
+    pytest.importorskip("onnxscript", reason="needs the extra 'onnx'")
+    model = spread_out(GPT2Model.from_name("gpt2-tiny", n_embd=32, n_positions=24))
+    model.model.save_pretrained(tmp_path / "source")
+    exported = export_model(str(tmp_path / "source"), tmp_path / "out", onnx=True)
+    assert exported.onnx_difference is not None
+    assert exported.onnx_difference < 1e-3
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
+    tokens = torch.randint(50257, (3, 11))
+    (logits,) = session.run(None, {"input_ids": tokens.numpy()})
+    with torch.no_grad():
+        expected = model.eval()({"input_ids": tokens}).logits
+    assert torch.allclose(torch.from_numpy(logits), expected, atol=1e-4)
+
+
+def test_options_that_cannot_be_are_refused_before_work(tmp_path):
+    with pytest.raises(ValueError, match="--onnx is for float32"):
+        export_model("nothing.pt", tmp_path / "out", onnx=True, dtype="bfloat16")
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        export_model("nothing.pt", tmp_path / "out", dtype="int8")  # type: ignore[arg-type]
+    GPT2Model.from_name("gpt2-tiny", n_embd=32).model.save_pretrained(tmp_path / "source")
+    with pytest.raises(ValueError, match="weights must be 'evaluated' where there is one set"):
+        export_model(str(tmp_path / "source"), tmp_path / "out", weights="trained")
+
+
+def command(*arguments):
+    from typer.testing import CliRunner
+
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_one_flag_uploads_to_the_hub(tmp_path, monkeypatch):
+    source, out = tmp_path / "source", tmp_path / "out"
+    GPT2Model.from_name("gpt2-tiny", n_embd=32).model.save_pretrained(source)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with fake_hub(monkeypatch) as hub:
+        result = command("export", source, out, "--push-to-hub", "owner/mine")
+        assert result.exit_code == 0, result.output
+        assert "uploaded to" in result.output
+        assert hub.repositories["owner/mine"]["private"] is True
+        for path in out.iterdir():
+            assert hub.files[f"owner/mine/{path.name}"] == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("token", "name", "problem"),
+    [
+        ("hf_wrong", "owner/mine", "HF_TOKEN"),
+        (None, "owner/mine", "got none; set HF_TOKEN"),
+        (TOKEN, "mine", "add the owner"),
+        (TOKEN, "a//b", "must be OWNER/NAME"),
+    ],
+)
+def test_an_upload_that_cannot_be_is_refused_before_work(
+    token, name, problem, tmp_path, monkeypatch
+):
+    if token is None:
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    else:
+        monkeypatch.setenv("HF_TOKEN", token)
+    with fake_hub(monkeypatch):
+        result = command("export", "nothing.pt", tmp_path / "out", "--push-to-hub", name)
+    assert result.exit_code == 1
+    assert problem in str(result.exception)
