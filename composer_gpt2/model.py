@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import pickle
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, MutableMapping
@@ -30,13 +31,14 @@ from transformers.modeling_utils import load_sharded_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from composer_gpt2 import registry
-from composer_gpt2.checkpoints.safe_loading import load_safely
+from composer_gpt2.checkpoints.safe_loading import load_safely, safe_loading
 from composer_gpt2.configs import get_config
 from composer_gpt2.contract import (
     ArchitectureMismatchError,
     architecture,
     plain_configuration,
 )
+from composer_gpt2.importing import import_weights
 from composer_gpt2.metrics import BitsPerByte, LanguageCrossEntropy, LanguagePerplexity
 from composer_gpt2.tokenizer import END_OF_TEXT, get_tokenizer
 
@@ -155,6 +157,7 @@ class GPT2Model(HuggingFaceModel):
         *,
         tokenizer_name: str | None = "gpt2",
         cpu_precision: CPUPrecision = "fp32",
+        n_head: int | None = None,
     ) -> GPT2Model:
         """A model with trained weights, in evaluation mode.
 
@@ -164,10 +167,12 @@ class GPT2Model(HuggingFaceModel):
 
         Args:
             path_or_hub_id: A checkpoint (its ``.pt`` or ``.safetensors`` file, here or at an
-                ``s3://`` address), a folder that Hugging Face's ``save_pretrained`` wrote, or a hub
-                id such as ``openai-community/gpt2``. No code is run from any of them.
+                ``s3://`` address), a folder that Hugging Face's ``save_pretrained`` wrote, a hub
+                id such as ``openai-community/gpt2``, or a file of nanoGPT's or minGPT's
+                (:func:`composer_gpt2.importing.import_weights`). No code is run from any of them.
             tokenizer_name: As in the constructor.
             cpu_precision: As in the constructor.
+            n_head: Attention heads of a state dict of minGPT's, which does not say them.
 
         Raises:
             FileNotFoundError: It looks like a path and nothing is there.
@@ -179,9 +184,9 @@ class GPT2Model(HuggingFaceModel):
             with tempfile.TemporaryDirectory() as folder:
                 local = Path(folder) / f"checkpoint{Path(source).suffix}"
                 get_file(source, str(local))
-                module = _load_file(local)
+                module = _load_file(local, n_head)
         elif Path(source).is_file():
-            module = _load_file(Path(source))
+            module = _load_file(Path(source), n_head)
         elif Path(source).is_dir():
             module = _load_hugging_face(source, local_files_only=True)
         elif _HUB_ID.fullmatch(source) and not ("/" in source and Path(source).parent.is_dir()):
@@ -339,9 +344,16 @@ def _load_hugging_face(source: str, *, local_files_only: bool) -> GPT2LMHeadMode
         raise ValueError(f"{source} must hold a GPT-2, got model_type {config.model_type!r}.")
     plain, algorithms = plain_configuration(config)
     if not algorithms:
-        return GPT2LMHeadModel.from_pretrained(
-            source, config=config, local_files_only=local_files_only
-        )
+        with safe_loading(source):  # of pytorch_model.bin
+            try:
+                return GPT2LMHeadModel.from_pretrained(
+                    source, config=config, local_files_only=local_files_only
+                )
+            except OSError as error:  # transformers says that such a file is TensorFlow's
+                cause: BaseException | None = error
+                while cause is not None and not isinstance(cause, pickle.UnpicklingError):
+                    cause = cause.__context__
+                raise cause or error from error
     if not Path(source).is_dir():
         raise ValueError(
             f"{source} must be a folder here to be loaded, got the hub id of a network with "
@@ -367,9 +379,13 @@ def _build(
     return module
 
 
-def _load_file(path: Path) -> GPT2LMHeadModel:
-    load = _load_safetensors_file if path.suffix == ".safetensors" else _load_composer_checkpoint
-    return load(path)
+def _load_file(path: Path, n_head: int | None) -> GPT2LMHeadModel:
+    if path.suffix == ".safetensors":
+        return _load_safetensors_file(path)
+    content = load_safely(path)
+    if "state" in content:
+        return _load_composer_checkpoint(path, content["state"])
+    return import_weights(content, source=str(path), n_head=n_head)
 
 
 def _load_safetensors_file(path: Path) -> GPT2LMHeadModel:
@@ -387,9 +403,8 @@ def _load_safetensors_file(path: Path) -> GPT2LMHeadModel:
     return module
 
 
-def _load_composer_checkpoint(path: Path) -> GPT2LMHeadModel:
+def _load_composer_checkpoint(path: Path, state: Mapping[str, Any]) -> GPT2LMHeadModel:
     """The network of a Composer checkpoint, which holds its configuration beside its weights."""
-    state = load_safely(path).get("state", {})
     try:
         saved = state["integrations"]["huggingface"]["model"]["config"]["content"]
     except (KeyError, TypeError) as error:

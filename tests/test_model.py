@@ -293,7 +293,7 @@ def test_a_mistyped_path_is_not_asked_of_the_hub(tmp_path, monkeypatch):
 
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
     torch.save({"weights": torch.ones(3)}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"other.pt must be a checkpoint that a Trainer saved"):
+    with pytest.raises(ValueError, match=r"other.pt must be a checkpoint of Composer"):
         GPT2Model.from_pretrained(tmp_path / "other.pt")
     (tmp_path / "text.pt").write_text("hello")
     with pytest.raises(CheckpointError, match=r"torch\.save wrote, got .*text\.pt"):

@@ -10,7 +10,9 @@ from __future__ import annotations
 import datetime
 import os
 import pickle
+import re
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,9 +76,12 @@ def load_safely(path: str | Path) -> dict[str, Any]:
         CheckpointError: It would run code, or is no checkpoint.
     """
     with safe_loading(path):
+        is_zip = zipfile.is_zipfile(path)  # torch's format since 2020; older ones cannot be mapped
         try:
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except RuntimeError as error:  # torch's for a file that is no zip archive of its making
+            return torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
+        except (OSError, pickle.UnpicklingError):
+            raise
+        except Exception as error:  # a file that is not of torch's making may raise anything
             raise CheckpointError(
                 f"a checkpoint must be a file that torch.save wrote, got {path} ({error})."
             ) from error
@@ -89,8 +94,8 @@ def _reason(source: object, error: Exception) -> str:
             warnings.simplefilter("ignore")  # torch's own, about its own storages
             named = torch.serialization.get_unsafe_globals_in_checkpoint(str(source))
     except (OSError, RuntimeError, ValueError, pickle.UnpicklingError):
-        # No file, or none of torch's making: the error has said so.
-        named = []
+        # No file, one of torch's before 2020, or none of its making: the error has said so.
+        named = re.findall(r"GLOBAL ([\w.]+)", str(error))[:1]
     harmless = {f"{kind.__module__}.{kind.__qualname__}" for kind in _HARMLESS}
     wanted = sorted(set(named) - harmless)
     if wanted:

@@ -14,8 +14,8 @@ def export_command(
     checkpoint: Annotated[
         str,
         typer.Argument(
-            help="A run folder, a Composer checkpoint (file or s3://), a Hugging Face folder or a "
-            "hub id."
+            help="A run folder, a checkpoint (Composer's, here or at s3://; nanoGPT's; minGPT's), "
+            "a Hugging Face folder or a hub id."
         ),
     ],
     out: Annotated[str, typer.Argument(help="The folder to write; new or empty.")],
@@ -26,6 +26,10 @@ def export_command(
         Literal["evaluated", "trained"],
         typer.Option(help="Of a run with ema: its averages, or what the optimizer moved."),
     ] = "evaluated",
+    heads: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Attention heads of a file of minGPT's, which does not say them."),
+    ] = None,
     onnx: Annotated[
         bool, typer.Option("--onnx", help="Add model.onnx; for a plain GPT-2 in float32.")
     ] = False,
@@ -50,7 +54,13 @@ def export_command(
     hub = None if push_to_hub is None else Hub(push_to_hub, private=not public)
     try:
         exported = export_model(
-            checkpoint, out, dtype=dtype, weights=weights, onnx=onnx, overwrite=overwrite
+            checkpoint,
+            out,
+            dtype=dtype,
+            weights=weights,
+            n_head=heads,
+            onnx=onnx,
+            overwrite=overwrite,
         )
     except (LogitsDifferError, CheckpointError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -51,6 +51,7 @@ def export_model(
     *,
     dtype: DTypeName = "float32",
     weights: Weights = "evaluated",
+    n_head: int | None = None,
     onnx: bool = False,
     overwrite: bool = False,
 ) -> Exported:
@@ -65,6 +66,7 @@ def export_model(
         out: The folder to be; it must not be there, be empty, or ``overwrite`` be true.
         dtype: Of the stored weights.
         weights: As for :func:`composer_gpt2.export.source.load_source`.
+        n_head: As for :meth:`composer_gpt2.GPT2Model.from_pretrained`.
         onnx: Whether to add ``model.onnx``; for plain networks in float32.
         overwrite: Whether a folder that is there is replaced, once the new one is checked.
 
@@ -83,7 +85,7 @@ def export_model(
 
         check_onnx_options(dtype)
     _check_target(out, overwrite)
-    with load_source(checkpoint, weights) as (model, origin):
+    with load_source(checkpoint, weights, n_head) as (model, origin):
         # The reference is the network as it was trained, with all its algorithms.
         reference = copy.deepcopy(model)
         changes = changes_to_write(language_model(model, "export"))

@@ -41,13 +41,16 @@ class Origin:
 
 
 @contextlib.contextmanager
-def load_source(path_or_hub_id: str, weights: Weights) -> Iterator[tuple[GPT2Model, Origin]]:
+def load_source(
+    path_or_hub_id: str, weights: Weights, n_head: int | None = None
+) -> Iterator[tuple[GPT2Model, Origin]]:
     """A trained model on the CPU, in float32 and evaluation mode, and where it comes from.
 
     Args:
         path_or_hub_id: As for :func:`composer_gpt2.trained_model.load_trained_model`.
         weights: Of a run that averaged its weights (EMA): ``"evaluated"`` for the averages, with
             which Composer evaluates; ``"trained"`` for those that the optimizer moved.
+        n_head: As for :meth:`composer_gpt2.GPT2Model.from_pretrained`.
 
     Raises:
         FileNotFoundError: Nothing is there.
@@ -61,7 +64,7 @@ def load_source(path_or_hub_id: str, weights: Weights) -> Iterator[tuple[GPT2Mod
     with contextlib.ExitStack() as stack:
         if "://" in source:
             source = str(stack.enter_context(_fetched(source)))
-        model = GPT2Model.from_pretrained(source).float()
+        model = GPT2Model.from_pretrained(source, n_head=n_head).float()
         origin = Origin(name)
         if source.endswith(".pt"):
             state = load_safely(source).get("state", {})
