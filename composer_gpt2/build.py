@@ -42,6 +42,7 @@ from composer_gpt2.progress import ProgressLines
 from composer_gpt2.recipe import Recipe, RecipeError
 from composer_gpt2.recipe_files import Mistake
 from composer_gpt2.run_folder import run_lock
+from composer_gpt2.tokenizer_by_name import load_tokenizer
 
 __all__ = [
     "build_dataloader",
@@ -52,6 +53,9 @@ __all__ = [
     "name_run",
     "parameter_groups",
 ]
+
+
+_SPECIAL = ("bos", "eos", "pad")  # tokens
 
 
 def build_trainer(recipe: Recipe) -> Trainer:
@@ -143,12 +147,18 @@ def name_run(recipe: Recipe) -> Recipe:
 
 def build_model(recipe: Recipe, *, on_cpu: bool) -> GPT2Model:
     """The recipe's model, freshly initialised; on a CPU it brings its own bfloat16 autocast."""
+    data = recipe.data
+    overrides = recipe.model.config_overrides
+    if data.tokenizer != "gpt2":  # what begins and ends a document is the tokenizer's to say
+        tokenizer = load_tokenizer(data.tokenizer)
+        special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in _SPECIAL}
+        overrides = {**special, **overrides}
     return GPT2Model.from_name(
         recipe.model.name,
         # Unchecked shards may have another tokenizer, and bits per byte would be wrong then.
-        tokenizer_name="gpt2" if recipe.data.check_tokenizer else None,
+        tokenizer_name=data.tokenizer if data.check_tokenizer else None,
         cpu_precision="amp_bf16" if on_cpu and recipe.precision == "amp_bf16" else "fp32",
-        **recipe.model.config_overrides,
+        **overrides,
     )
 
 
@@ -237,6 +247,7 @@ def build_dataloader(recipe: Recipe, split: str) -> DataSpec:
             download_retry=data.download_retry,
             download_timeout=data.download_timeout,
             drop_last=training,
+            tokenizer=data.tokenizer,
             check_tokenizer=data.check_tokenizer,
         )
     except (ValueError, OSError) as error:
@@ -305,7 +316,7 @@ def _build_evaluator(recipe: Recipe) -> Evaluator | None:
     if recipe.data.validation_split is None:
         return None
     metric_names = ["LanguageCrossEntropy", "LanguagePerplexity"]
-    if recipe.data.check_tokenizer:
+    if recipe.data.check_tokenizer and recipe.data.tokenizer == "gpt2":
         metric_names.append("BitsPerByte")
     microbatch_size = recipe.device_train_microbatch_size  # what fits in training fits here
     if isinstance(microbatch_size, int):
@@ -361,6 +372,11 @@ def check_for_this_machine(recipe: Recipe, *, n_ranks: int, on_cpu: bool) -> Non
             f"must divide a rank's share of the batch, {recipe.train_batch_size} / {n_ranks} = "
             f"{share} sequences, got {microbatch_size}; try {math.gcd(share, microbatch_size)}",
         )
+    if recipe.data.tokenizer != "gpt2":
+        try:
+            load_tokenizer(recipe.data.tokenizer)
+        except ValueError as error:
+            fail("data.tokenizer", str(error).removesuffix("."))
     if on_cpu and microbatch_size == "auto":
         fail("device_train_microbatch_size", "'auto' needs a GPU; give a number of sequences")
     if on_cpu and recipe.precision == "amp_fp16":

@@ -280,7 +280,7 @@ def _corpus(recipe: Recipe, verify_hashes: bool) -> Findings:
 
     data = recipe.data
     streams = {name: s.model_dump(exclude_none=True) for name, s in data.streams.items()}
-    tokenizer = "gpt2" if data.check_tokenizer else None
+    tokenizer = data.tokenizer if data.check_tokenizer else None
     expected = Expectation(data.sequence_length, tokenizer, hashes=True)
     cache_bytes, caches = 0, set()
     for split in filter(None, (data.train_split, data.validation_split)):

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model as load_safetensors
 from torch import Tensor, nn
 from torchmetrics import Metric
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PretrainedConfig
+from transformers import GPT2Config, GPT2LMHeadModel, PretrainedConfig
 from transformers.modeling_utils import load_sharded_checkpoint
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -40,11 +40,18 @@ from composer_gpt2.contract import (
 )
 from composer_gpt2.importing import import_weights
 from composer_gpt2.metrics import BitsPerByte, LanguageCrossEntropy, LanguagePerplexity
-from composer_gpt2.tokenizer import END_OF_TEXT, get_tokenizer
+from composer_gpt2.tokenizer import END_OF_TEXT
+from composer_gpt2.tokenizer_by_name import (
+    is_gpt2_tokenizer,
+    load_tokenizer,
+    read_tokenizer_folder,
+    saved_tokenizer,
+)
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
     from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+
+    from composer_gpt2.tokenizer_by_name import TokenizerFiles
 
 __all__ = ["GPT2Model"]
 
@@ -110,7 +117,7 @@ class GPT2Model(HuggingFaceModel):
             )
         # The class name of GPT-2's network does not tell transformers which loss it has.
         module.loss_type = "ForCausalLM"
-        tokenizer = _load_tokenizer(tokenizer_name)
+        tokenizer = None if tokenizer_name is None else load_tokenizer(tokenizer_name)
         if tokenizer is not None and len(tokenizer) > module.config.vocab_size:
             raise ValueError(
                 f"vocab_size must be at least the tokenizer's {len(tokenizer)} tokens, got "
@@ -155,7 +162,7 @@ class GPT2Model(HuggingFaceModel):
         cls,
         path_or_hub_id: str | Path,
         *,
-        tokenizer_name: str | None = "gpt2",
+        tokenizer_name: str | None = "saved",
         cpu_precision: CPUPrecision = "fp32",
         n_head: int | None = None,
     ) -> GPT2Model:
@@ -170,7 +177,8 @@ class GPT2Model(HuggingFaceModel):
                 ``s3://`` address), a folder that Hugging Face's ``save_pretrained`` wrote, a hub
                 id such as ``openai-community/gpt2``, or a file of nanoGPT's or minGPT's
                 (:func:`composer_gpt2.importing.import_weights`). No code is run from any of them.
-            tokenizer_name: As in the constructor.
+            tokenizer_name: As in the constructor; ``"saved"`` for the one saved beside the weights,
+                and GPT-2's where there is none.
             cpu_precision: As in the constructor.
             n_head: Attention heads of a state dict of minGPT's, which does not say them.
 
@@ -180,15 +188,17 @@ class GPT2Model(HuggingFaceModel):
             CheckpointError: The file is no checkpoint, or would run code.
         """
         source = str(path_or_hub_id)
+        tokenizer: TokenizerFiles = {}
         if "://" in source:
             with tempfile.TemporaryDirectory() as folder:
                 local = Path(folder) / f"checkpoint{Path(source).suffix}"
                 get_file(source, str(local))
-                module = _load_file(local, n_head)
+                module, tokenizer = _load_file(local, n_head)
         elif Path(source).is_file():
-            module = _load_file(Path(source), n_head)
+            module, tokenizer = _load_file(Path(source), n_head)
         elif Path(source).is_dir():
             module = _load_hugging_face(source, local_files_only=True)
+            tokenizer = read_tokenizer_folder(Path(source))
         elif _HUB_ID.fullmatch(source) and not ("/" in source and Path(source).parent.is_dir()):
             module = _load_hugging_face(source, local_files_only=False)
         else:
@@ -196,7 +206,14 @@ class GPT2Model(HuggingFaceModel):
                 "trained weights must be a Composer .pt file, a Hugging Face folder or a hub id "
                 f"(openai-community/gpt2), got {source!r}, which does not exist; check the path."
             )
-        return cls(module, tokenizer_name=tokenizer_name, cpu_precision=cpu_precision).eval()
+        with contextlib.ExitStack() as stack:
+            if tokenizer_name == "saved":
+                is_gpt2s = not tokenizer or is_gpt2_tokenizer(tokenizer)
+                tokenizer_name = (
+                    "gpt2" if is_gpt2s else stack.enter_context(saved_tokenizer(tokenizer))
+                )
+            model = cls(module, tokenizer_name=tokenizer_name, cpu_precision=cpu_precision)
+        return model.eval()
 
     def forward(
         self, batch: Mapping[str, Tensor], **options: bool
@@ -319,19 +336,6 @@ def _without_extra_state(module: nn.Module, state: dict[str, Any], prefix: str, 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(?<!\.pt)", re.ASCII)
 
 
-def _load_tokenizer(name: str | None) -> PreTrainedTokenizerFast | None:
-    if name is None:
-        return None
-    if name == "gpt2":
-        return get_tokenizer()
-    if Path(name).is_dir():
-        return AutoTokenizer.from_pretrained(name, local_files_only=True)
-    raise ValueError(
-        "tokenizer_name must be 'gpt2', a folder with a saved Hugging Face tokenizer, or None, got "
-        f"{name!r}; download other tokenizers first and pass their folder."
-    )
-
-
 def _load_hugging_face(source: str, *, local_files_only: bool) -> GPT2LMHeadModel:
     try:
         config = GPT2Config.from_pretrained(source, local_files_only=local_files_only)
@@ -379,20 +383,22 @@ def _build(
     return module
 
 
-def _load_file(path: Path, n_head: int | None) -> GPT2LMHeadModel:
+def _load_file(path: Path, n_head: int | None) -> tuple[GPT2LMHeadModel, TokenizerFiles]:
+    """A network and the tokenizer saved with it, if any."""
     if path.suffix == ".safetensors":
         return _load_safetensors_file(path)
     content = load_safely(path)
     if "state" in content:
         return _load_composer_checkpoint(path, content["state"])
-    return import_weights(content, source=str(path), n_head=n_head)
+    return import_weights(content, source=str(path), n_head=n_head), {}
 
 
-def _load_safetensors_file(path: Path) -> GPT2LMHeadModel:
+def _load_safetensors_file(path: Path) -> tuple[GPT2LMHeadModel, TokenizerFiles]:
     """The network of a checkpoint's weights, whose metadata hold its configuration."""
     try:
         with safe_open(path, framework="pt") as file:
-            config = json.loads((file.metadata() or {})["config"])
+            about = file.metadata() or {}
+        config = json.loads(about["config"])
     except (KeyError, SafetensorError) as error:
         raise ValueError(
             f"{path} must be the weights of a checkpoint of ours, with the network's configuration "
@@ -400,10 +406,12 @@ def _load_safetensors_file(path: Path) -> GPT2LMHeadModel:
         ) from error
     module = _build(*plain_configuration(GPT2Config.from_dict(config)))
     load_safetensors(module, path)
-    return module
+    return module, json.loads(about.get("tokenizer", "{}"))
 
 
-def _load_composer_checkpoint(path: Path, state: Mapping[str, Any]) -> GPT2LMHeadModel:
+def _load_composer_checkpoint(
+    path: Path, state: Mapping[str, Any]
+) -> tuple[GPT2LMHeadModel, TokenizerFiles]:
     """The network of a Composer checkpoint, which holds its configuration beside its weights."""
     try:
         saved = state["integrations"]["huggingface"]["model"]["config"]["content"]
@@ -420,4 +428,4 @@ def _load_composer_checkpoint(path: Path, state: Mapping[str, Any]) -> GPT2LMHea
             if name.startswith("model.")
         }
     )
-    return module
+    return module, state["integrations"]["huggingface"].get("tokenizer") or {}

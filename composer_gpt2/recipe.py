@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from composer_gpt2.durations import parse_duration
 from composer_gpt2.recipe_files import Mistake, merge
+from composer_gpt2.tokenizer_by_name import load_tokenizer
 
 __all__ = ["Data", "Model", "Recipe", "RecipeError", "Stream", "load_recipe"]
 
@@ -155,8 +156,11 @@ class Data(_Section):
     """Seconds to wait for a shard."""
     num_canonical_nodes: _Count = 1
     """Fixes the order of samples, so that a run can go on with another number of ranks."""
+    tokenizer: str = "gpt2"
+    """With which the shards were made: ``gpt2``, or a folder with a saved Hugging Face tokenizer,
+    whose size the model's vocabulary has unless ``model.vocab_size`` says otherwise."""
     check_tokenizer: bool = True
-    """Whether the shards must have been made with the GPT-2 tokenizer of this package."""
+    """Whether the shards must have been made with that tokenizer."""
 
 
 class Recipe(_Section):
@@ -239,6 +243,8 @@ class Recipe(_Section):
     def _fill_in(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Defaults that follow from other values, so that a resolved recipe spells them out."""
         filled = dict(values)
+        if "model" in filled:
+            filled["model"] = _with_vocabulary(filled["model"], filled.get("data"))
         if filled.get("eval_batch_size") is None:
             filled["eval_batch_size"] = filled.get("train_batch_size")
         if filled.get("run_folder") is None and filled.get("run_name") is not None:
@@ -295,6 +301,16 @@ class Recipe(_Section):
     def to_yaml(self) -> str:
         """The resolved recipe; loading it gives an equal one."""
         return OmegaConf.to_yaml(OmegaConf.create(_without_interpolations(self.model_dump())))
+
+
+def _with_vocabulary(model: Any, data: Any) -> Any:
+    """The model's settings with the size of the corpus' own tokenizer, once that is there."""
+    if not isinstance(model, dict) or not isinstance(data, dict) or "vocab_size" in model:
+        return model
+    file = Path(str(data.get("tokenizer", "gpt2"))) / "tokenizer.json"
+    if not file.is_file():
+        return model  # GPT-2's, or a folder that build_trainer will ask for
+    return {**model, "vocab_size": len(load_tokenizer(str(file.parent)))}
 
 
 WEIGHT_DECAY_EXCLUDE = ("bias", "norm", "embedding")

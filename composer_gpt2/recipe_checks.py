@@ -18,6 +18,7 @@ from composer_gpt2.recipe import WEIGHT_DECAY_EXCLUDE, Data, Recipe, Stream
 from composer_gpt2.recipe_files import CHOICES, KeyPath, Merged, Mistake
 from composer_gpt2.recipe_rules import RULES, NotKnown, Unchecked
 from composer_gpt2.tokenizer import VOCAB_SIZE
+from composer_gpt2.tokenizer_by_name import load_tokenizer
 
 __all__ = ["check"]
 
@@ -209,11 +210,21 @@ def _check_model(recipe: Unchecked) -> None:
     except ValueError as error:
         recipe.fail(("model",), str(error))
         return
-    if config.vocab_size < VOCAB_SIZE:
+    n_tokens = _tokenizer_size(recipe)
+    if config.vocab_size < n_tokens:
         recipe.fail(
             ("model", "vocab_size"),
-            f"must be at least the tokenizer's {VOCAB_SIZE}, got {config.vocab_size}",
+            f"must be at least the tokenizer's {n_tokens}, got {config.vocab_size}",
         )
+
+
+def _tokenizer_size(recipe: Unchecked) -> int:
+    """Tokens of ``data.tokenizer``; 0 while its folder is not there or the key is wrong."""
+    try:
+        name = recipe["data", "tokenizer"]
+        return VOCAB_SIZE if name == "gpt2" else len(load_tokenizer(name))
+    except (NotKnown, ValueError, OSError):
+        return 0
 
 
 def _config_problem(key: str, value: Any, defaults: dict[str, Any]) -> str | None:

@@ -17,7 +17,8 @@ class TextCodec:
     """What a model's tokenizer does to plain text; nothing in a text is read as a special token."""
 
     encode: Callable[[str], list[int]]
-    """Text to tokens, none of them special."""
+    """Text to tokens, none of them special. Raises ``ValueError`` at what the tokenizer cannot
+    spell."""
     decode: Callable[[Sequence[int]], str]
     """Tokens to text; special tokens stand for none. Bytes that are no UTF-8 become U+FFFD."""
     document_start: int | None
@@ -46,7 +47,15 @@ def text_codec(model: GPT2Model) -> TextCodec:
         )
 
     def encode_with(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        try:
+            return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        except Exception as error:  # the only class that `tokenizers` raises
+            known = set(tokenizer.get_vocab())
+            strange = sorted(set(text) - known)
+            raise ValueError(
+                f"text must consist of the {len(known)} characters that the model knows, got "
+                f"{strange[:10]!r}; leave them out."
+            ) from error
 
     def decode_with(ids: Sequence[int]) -> str:
         return tokenizer.decode(

@@ -28,6 +28,7 @@ __all__ = [
     "VOCAB_SIZE",
     "get_encoding",
     "get_tokenizer",
+    "printable_bytes",
     "token_byte_lengths",
 ]
 
@@ -67,7 +68,7 @@ def _tokenizer_json() -> str:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
     ranks = _load_ranks()
-    letters = _printable_bytes()
+    letters = printable_bytes()
 
     def spell(token: bytes) -> str:
         return "".join(letters[byte] for byte in token)
@@ -129,6 +130,21 @@ def token_byte_lengths() -> np.ndarray:
     return lengths
 
 
+def printable_bytes() -> list[str]:
+    """GPT-2's letter for each of the 256 bytes: itself if printable, else one from U+0100 on.
+
+    Byte-level vocabularies of Hugging Face spell tokens in these letters.
+    """
+    letters, n_moved = [], 0
+    for byte in range(256):
+        if 0x21 <= byte <= 0x7E or 0xA1 <= byte <= 0xAC or 0xAE <= byte <= 0xFF:
+            letters.append(chr(byte))
+        else:
+            letters.append(chr(0x100 + n_moved))
+            n_moved += 1
+    return letters
+
+
 @functools.cache
 def _load_ranks() -> dict[bytes, int]:
     """Each token's bytes and its rank, in rank order; the lowest rank merges first."""
@@ -156,15 +172,3 @@ def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     left, right = parts
     return left, right
-
-
-def _printable_bytes() -> list[str]:
-    """GPT-2's letter for each of the 256 bytes: itself if printable, else one from U+0100 on."""
-    letters, n_moved = [], 0
-    for byte in range(256):
-        if 0x21 <= byte <= 0x7E or 0xA1 <= byte <= 0xAC or 0xAE <= byte <= 0xFF:
-            letters.append(chr(byte))
-        else:
-            letters.append(chr(0x100 + n_moved))
-            n_moved += 1
-    return letters

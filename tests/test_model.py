@@ -253,7 +253,7 @@ def test_a_vocabulary_too_small_for_the_tokenizer_is_refused():
 
 
 def test_an_unknown_tokenizer_is_refused():
-    with pytest.raises(ValueError, match=r"tokenizer_name must be 'gpt2', a folder.*got 'gpt-2'"):
+    with pytest.raises(ValueError, match=r"a tokenizer must be 'gpt2' or a folder.*got 'gpt-2'"):
         GPT2Model.from_name("gpt2-tiny", tokenizer_name="gpt-2", **SMALL)
 
 

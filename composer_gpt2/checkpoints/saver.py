@@ -8,6 +8,7 @@ uploads, the pointer last, and uploads what a killed run could not.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import sys
@@ -35,6 +36,7 @@ from composer_gpt2.contract import language_model
 from composer_gpt2.data.object_store import ObjectStore, open_store
 from composer_gpt2.data.part_files import sync_to_disk
 from composer_gpt2.data.retrying import DEFAULT_RETRIES
+from composer_gpt2.tokenizer_by_name import is_gpt2_tokenizer
 
 __all__ = ["UNFINISHED", "VerifiedCheckpointSaver"]
 
@@ -205,6 +207,9 @@ class VerifiedCheckpointSaver(CheckpointSaver):
         )
         network = language_model(getattr(state.model, "module", state.model), "a checkpoint")
         about = {"format": "pt", "config": network.config.to_json_string(use_diff=False)}
+        tokenizer = content["state"]["integrations"]["huggingface"]["tokenizer"]
+        if tokenizer and not is_gpt2_tokenizer(tokenizer):
+            about["tokenizer"] = json.dumps(tokenizer)
 
         def save_state(path: Path) -> None:
             with path.open("wb") as file:

@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from composer_gpt2.data.download import is_url, read_bytes
+from composer_gpt2.data.mds_columns import DTYPE, column_encodings, sample_bytes
 from composer_gpt2.data.mds_index import MDSIndex, describe_problem
 from composer_gpt2.data.part_files import part_file, remove_dead_parts
-from composer_gpt2.tokenizer import RANKS_SHA256
+from composer_gpt2.tokenizer_by_name import describe_tokenizer
 
-__all__ = ["DTYPE", "CorpusSource", "Expectation", "find_sources"]
+__all__ = ["CorpusSource", "Expectation", "find_sources"]
 
-DTYPE = "uint16"  # enough for 50,257 tokens
-_COLUMN = "tokens"
 _CACHED_FROM = "cached-from"  # beside index.json in a cache: the address of its corpus
 _STREAM_KEYS = ("remote", "local", "split", "proportion", "repeat")
 
@@ -73,7 +72,8 @@ class Expectation:
 
     Attributes:
         sequence_length: Tokens in a sequence.
-        tokenizer: Name of its tokenizer; None if any will do.
+        tokenizer: Its tokenizer, as :func:`composer_gpt2.tokenizer_by_name.load_tokenizer` takes
+            it; None if any will do.
         hashes: Whether its shards must have hashes.
     """
 
@@ -96,6 +96,7 @@ class CorpusSource:
         retries: Attempts after the first one to read the index or ``corpus.json``.
         timeout_seconds: How long the store may stay silent within one attempt.
         n_samples: Sequences in the split.
+        has_loss_mask: Whether its samples say which tokens are targets.
         in_place: Whether the shards are read where they are, without a cache.
         folder: Absolute path of the corpus or its cache, from which is read.
         shard_folder: The split in that folder.
@@ -114,6 +115,7 @@ class CorpusSource:
         self._index_bytes = self._read(os.path.join(self.remote, self.split, "index.json"))
         self._shards = _parse_index(self._index_bytes, self.name)
         self.n_samples = sum(shard["samples"] for shard in self._shards)
+        self.has_loss_mask = any("loss_mask" in shard["column_names"] for shard in self._shards)
         # Packed shards are unpacked into the cache: nothing is ever written to a source folder.
         packed = any(shard["zip_data"] for shard in self._shards)
         cache = self.local if self.local != self.remote else None
@@ -131,7 +133,8 @@ class CorpusSource:
             )
             for shard in self._shards
         }
-        wanted = f"{_COLUMN}:ndarray:{DTYPE}:{expected.sequence_length}"
+        encodings = column_encodings(expected.sequence_length, has_loss_mask=self.has_loss_mask)
+        wanted = ", ".join(f"{name}:{encoding}" for name, encoding in encodings.items())
         if columns - {wanted}:
             problems.append(
                 f"the shards must have the column {wanted} (sequence_length "
@@ -139,9 +142,10 @@ class CorpusSource:
                 "sequence_length to what they have, or prepare the corpus again with this "
                 "--sequence-length"
             )
-        sample_bytes = 4 + 2 * expected.sequence_length  # where it begins, and its tokens
+        size = sample_bytes(expected.sequence_length, has_loss_mask=self.has_loss_mask)
         for shard in self._shards:
-            if 8 + shard["samples"] * sample_bytes > shard["raw_data"]["bytes"]:
+            # Each sample has 4 bytes that say where it begins.
+            if 8 + shard["samples"] * (4 + size) > shard["raw_data"]["bytes"]:
                 problems.append(
                     f"{shard['raw_data']['basename']} must have room for the {shard['samples']} "
                     f"samples that index.json counts in it, got {shard['raw_data']['bytes']} "
@@ -210,14 +214,18 @@ class CorpusSource:
         its_tokenizer = corpus.get("tokenizer")
         if not isinstance(its_tokenizer, dict):
             its_tokenizer = {}
+        known = describe_tokenizer(tokenizer)
         comparisons = [
             ("sequence_length", expected.sequence_length, corpus.get("sequence_length")),
             ("dtype", DTYPE, corpus.get("dtype")),
-            ("tokenizer", tokenizer, its_tokenizer.get("name")),
+            ("tokenizer", known["name"], its_tokenizer.get("name")),
         ]
-        if tokenizer == "gpt2":
-            ranks = its_tokenizer.get("ranks_sha256")
-            comparisons.append(("ranks_sha256 of the tokenizer", RANKS_SHA256, ranks))
+        if its_tokenizer.get("name") == known["name"]:
+            comparisons += [
+                (f"{key} of the tokenizer", known[key], its_tokenizer.get(key))
+                for key in ("ranks_sha256", "sha256")
+                if key in known
+            ]
         return [
             f"the {what} must be {wanted!r}, but corpus.json says {got!r}; change the recipe, or "
             "prepare the corpus again"

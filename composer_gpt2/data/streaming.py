@@ -24,7 +24,8 @@ from streaming.base.constant import TICK
 from streaming.base.dataset import _Iterator, _IterState, _ShardState
 from streaming.base.world import World
 
-from composer_gpt2.data.corpus_source import DTYPE, Expectation, find_sources
+from composer_gpt2.data.corpus_source import Expectation, find_sources
+from composer_gpt2.data.mds_columns import read_sample
 from composer_gpt2.data.retrying import DEFAULT_RETRIES
 from composer_gpt2.data.shard_stream import ShardError, ShardStream
 from composer_gpt2.data.shared_state import SharedFailure, registration
@@ -36,14 +37,13 @@ _REMOTE, _PREPARING, _LOCAL = map(
     int, (_ShardState.REMOTE, _ShardState.PREPARING, _ShardState.LOCAL)
 )
 
-_TOKEN_BYTES = np.dtype(DTYPE).itemsize
-
 
 class StreamingTokens(StreamingDataset):
     """Sequences of tokens from one or several prepared corpora, in an order that is elastic.
 
-    Yields ``{"input_ids": int64 array of shape (T,)}``. The global batches and their order are the
-    same for every number of ranks that shares them, and after a resume in mid-epoch.
+    Yields ``{"input_ids": int64 array of shape (T,)}``, and, from a corpus with a loss mask,
+    ``"labels"`` of the same kind, -100 where a token is no target. The global batches and their
+    order are the same for every number of ranks that shares them, and after a resume in mid-epoch.
 
     A plain folder is read in place. Anything else is cached on disk below ``$COMPOSER_GPT2_CACHE``
     (default ``~/.cache/composer-gpt2``), in a folder of its own for each content of the remote, so
@@ -65,7 +65,7 @@ class StreamingTokens(StreamingDataset):
             has; then each comes once in an epoch, or ``repeat`` times (0.5: half of it).
         sequence_length: T; the shards must have it.
         batch_size: B, sequences a rank takes in one batch.
-        tokenizer: Name of the tokenizer that the corpus must have been prepared with.
+        tokenizer: That the corpus must have been prepared with: ``"gpt2"`` or a folder.
         check_tokenizer: Switch off to read shards of other tools, which have no ``corpus.json``.
         check_hashes: Switch off to read shards whose index has no hashes; hashes that are there are
             always checked.
@@ -226,14 +226,15 @@ class StreamingTokens(StreamingDataset):
                 continue
             except (IndexError, ValueError):  # no such sample in the file, or one that ends outside
                 data = b""
-            if len(data) != _TOKEN_BYTES * self.sequence_length:
+            sample = read_sample(data, self.sequence_length)
+            if sample is None:
                 raise ShardError(
                     f"Sample {sample_in_shard} of shard {shard_id} must have "
                     f"{self.sequence_length} tokens, got {len(data)} bytes; prepare the corpus "
                     "again."
                 )
             self._shard_access_times[shard_id] = time_ns()
-            return {"input_ids": np.frombuffer(data, DTYPE).astype(np.int64)}
+            return sample
         raise ShardError(
             f"A shard must stay on disk while it is read, but shard {shard_id} was deleted "
             f"{1 + retry} times in a row; raise cache_limit ({self.cache_limit})."
@@ -345,6 +346,8 @@ def build_token_dataloader(
 ) -> StreamingDataLoader:
     """A DataLoader that yields ``{"input_ids": int64 (B, T), "labels": the same tensor}``.
 
+    Where the corpus has a loss mask, the labels are another tensor, with -100 for no target.
+
     Its batch size is that of the dataset. Composer saves and restores its place in the epoch.
 
     Args:
@@ -381,7 +384,10 @@ def _is_abandoned(it: _Iterator) -> bool:
 
 def _collate(samples: Sequence[Mapping[str, np.ndarray]]) -> dict[str, torch.Tensor]:
     input_ids = torch.from_numpy(np.stack([sample["input_ids"] for sample in samples]))  # (B, T)
-    return {"input_ids": input_ids, "labels": input_ids}
+    if all("labels" not in sample for sample in samples):
+        return {"input_ids": input_ids, "labels": input_ids}
+    labels = np.stack([sample.get("labels", sample["input_ids"]) for sample in samples])
+    return {"input_ids": input_ids, "labels": torch.from_numpy(labels)}
 
 
 def _describe(error: BaseException) -> str:

@@ -27,6 +27,7 @@ from composer_gpt2.data.object_store import ObjectStore
 __all__ = [
     "INDEX",
     "STATE",
+    "TOKENIZER_FOLDER",
     "Part",
     "Position",
     "TokenShards",
@@ -36,6 +37,7 @@ __all__ = [
 
 INDEX = "index.json"
 STATE = "unfinished.npz"
+TOKENIZER_FOLDER = "tokenizer"  # of a corpus with one of its own
 _PENDING_WRITES = 2  # more would only fill memory where the disk or the network is slow
 
 

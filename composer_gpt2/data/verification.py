@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,11 +13,13 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field
 from tqdm import tqdm
 
+from composer_gpt2.data.mds_columns import column_encodings, sample_bytes
 from composer_gpt2.data.mds_index import SAFE_NAME, MDSIndex, describe_problem
 from composer_gpt2.data.object_store import ObjectStore, open_store
 from composer_gpt2.data.preparation import CORPUS
-from composer_gpt2.data.token_shards import INDEX, STATE
-from composer_gpt2.tokenizer import END_OF_TEXT, RANKS_SHA256, VOCAB_SIZE
+from composer_gpt2.data.token_shards import INDEX, STATE, TOKENIZER_FOLDER
+from composer_gpt2.tokenizer import END_OF_TEXT
+from composer_gpt2.tokenizer_by_name import describe_tokenizer
 
 __all__ = ["DamagedCorpusError", "verify"]
 
@@ -107,7 +110,7 @@ def _mistakes(
         "format": "composer-gpt2-corpus",
         "version": 1,
         "dtype": "uint16",
-        "tokenizer": {"name": "gpt2", "vocab_size": VOCAB_SIZE, "ranks_sha256": RANKS_SHA256},
+        "tokenizer": _expected_tokenizer(store, names, corpus),
     }
     wrong = [key for key in expected if corpus.get(key) != expected[key]]
     if wrong:
@@ -141,7 +144,9 @@ def _split_mistakes(
     bar: tqdm,
 ) -> Iterator[str]:
     length, counts = corpus["sequence_length"], corpus["splits"][split]
-    n_ends: int | None = 0
+    vocab_size = corpus["tokenizer"]["vocab_size"]
+    # Arrays of tokens have no ends of documents to count.
+    n_ends: int | None = None if "loss_mask" in corpus else 0
     for shard in shards:
         name = f"{split}/{_stored(shard)['basename']}"
         if name not in names:
@@ -149,14 +154,14 @@ def _split_mistakes(
             n_ends = None
             continue
         with store.local_copy(name) as path:
-            tokens = _read_shard(path, shard, length)
+            tokens = _read_shard(path, shard, length, has_loss_mask=bool(corpus.get("loss_mask")))
         bar.update(_stored(shard)["bytes"])
         if isinstance(tokens, str):
             yield f"{name}: {tokens}"
             n_ends = None
             continue
-        if tokens.max() >= VOCAB_SIZE:
-            yield f"{name}: tokens must be below {VOCAB_SIZE}, got {tokens.max()}"
+        if tokens.max() >= vocab_size:
+            yield f"{name}: tokens must be below {vocab_size}, got {tokens.max()}"
         if n_ends is not None:
             n_ends += int(np.count_nonzero(tokens == END_OF_TEXT))
     listed = {f"{split}/{_stored(shard)['basename']}" for shard in shards}
@@ -184,14 +189,30 @@ def _split_mistakes(
         )
 
 
-def _read_shard(path: Path, shard: dict[str, Any], length: int) -> np.ndarray | str:
+def _expected_tokenizer(
+    store: ObjectStore, names: set[str], corpus: dict[str, Any]
+) -> dict[str, Any]:
+    """The description of GPT-2's tokenizer, or of the one that is saved in the corpus."""
+    saved = sorted(name for name in names if name.startswith(f"{TOKENIZER_FOLDER}/"))
+    if "loss_mask" not in corpus or not saved:
+        return describe_tokenizer("gpt2")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in saved:
+            (Path(folder) / Path(name).name).write_bytes(store.read_bytes(name))
+        return describe_tokenizer(folder)
+
+
+def _read_shard(
+    path: Path, shard: dict[str, Any], length: int, *, has_loss_mask: bool
+) -> np.ndarray | str:
     """The tokens of a shard, or what is wrong with it."""
     from streaming.base.compression import decompress
 
+    encodings = column_encodings(length, has_loss_mask=has_loss_mask)
     expected = {
         "format": "mds",
-        "column_names": ["tokens"],
-        "column_encodings": [f"ndarray:uint16:{length}"],
+        "column_names": list(encodings),
+        "column_encodings": list(encodings.values()),
     }
     for key, value in expected.items():
         if shard.get(key) != value:
@@ -213,9 +234,12 @@ def _read_shard(path: Path, shard: dict[str, Any], length: int) -> np.ndarray | 
     if len(data) < 4 * (n_samples + 2):
         return f"must have room for {n_samples} samples, got {len(data)} bytes"
     starts = np.frombuffer(data, np.uint32, n_samples + 1, offset=4).astype(np.int64)
-    if starts[-1] != len(data) or (np.diff(starts) != 2 * length).any():
-        return f"must hold samples of {length} tokens of 2 bytes, got others"
-    return np.frombuffer(data, np.uint16, n_samples * length, offset=starts[0])
+    size = sample_bytes(length, has_loss_mask=has_loss_mask)
+    if starts[-1] != len(data) or (np.diff(starts) != size).any():
+        return f"must hold samples of {length} tokens, {size} bytes, got others"
+    samples = np.frombuffer(data, np.uint8, n_samples * size, offset=starts[0])
+    samples = samples.reshape(n_samples, size)[:, -2 * length :]  # without the loss mask
+    return np.ascontiguousarray(samples).view(np.uint16)
 
 
 def _stored(shard: dict[str, Any]) -> dict[str, Any]:
