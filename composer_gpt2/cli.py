@@ -11,6 +11,7 @@ from composer_gpt2.commands.corpus import prepare_command, verify_command
 from composer_gpt2.commands.doctor import doctor_command
 from composer_gpt2.commands.export import export_command
 from composer_gpt2.commands.generate import generate_command
+from composer_gpt2.commands.project import project_command
 from composer_gpt2.commands.train import quickstart_command, train_command
 
 __all__ = ["app", "main"]
@@ -29,6 +30,7 @@ app.command("doctor")(doctor_command)
 app.command("generate")(generate_command)
 app.command("export")(export_command)
 app.command("quickstart")(quickstart_command)
+app.command("project")(project_command)
 app.command("bench")(bench_command)
 
 

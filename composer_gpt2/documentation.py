@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-__all__ = ["read_documentation", "write_documentation"]
+__all__ = ["read_documentation", "read_summaries", "write_documentation"]
 
 _PACKAGES = ("numpy", "pandas", "torch")  # the docstrings of these: about 8 MB
 _SHORTEST = 80  # characters; a shorter docstring is a label, not prose
@@ -59,6 +59,23 @@ def read_documentation() -> Iterator[str]:
         yield from _docstrings(site_packages / package)
 
 
+def read_summaries() -> Iterator[tuple[str, str]]:
+    """Dotted names of the standard library and what each is in a sentence: some 10,000 pairs.
+
+    They are read from the same files, in an order that depends only on what is installed. Names of
+    methods have no class before them.
+    """
+    site_packages = Path(sysconfig.get_path("purelib"))
+    folders = [Path(sysconfig.get_path("stdlib")), *(site_packages / name for name in _PACKAGES)]
+    for folder in folders:
+        prefix = "" if folder is folders[0] else f"{folder.name}."
+        for module, docstrings in _modules(folder):
+            for name, text in docstrings.items():
+                summary = " ".join(text.partition("\n\n")[0].split())
+                if name.isidentifier() and not name.startswith("_") and summary.endswith("."):
+                    yield f"{prefix}{module}.{name}", summary
+
+
 def _description(distribution: metadata.Distribution) -> str:
     """A package's README: what follows the header of its metadata."""
     return (distribution.read_text("METADATA") or "").partition("\n\n")[2].strip()
@@ -66,10 +83,20 @@ def _description(distribution: metadata.Distribution) -> str:
 
 def _docstrings(folder: Path) -> Iterator[str]:
     """A document for each module below ``folder``, tests and other people's packages left out."""
+    for _, docstrings in _modules(folder):
+        long = [text for text in docstrings.values() if len(text) >= _SHORTEST]
+        if long:
+            yield "\n\n".join(long)
+
+
+def _modules(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Each module's dotted name, and its docstrings by the names of what they describe.
+
+    Names are as Python spells them, with a number behind one that is met again.
+    """
     for path in sorted(folder.rglob("*.py")):
-        if {"test", "tests", "testing", "site-packages", "idlelib"} & set(
-            path.relative_to(folder).parts
-        ):
+        parts = path.relative_to(folder).with_suffix("").parts
+        if {"test", "tests", "testing", "site-packages", "idlelib"} & set(parts):
             continue
         try:
             with warnings.catch_warnings():
@@ -77,8 +104,13 @@ def _docstrings(folder: Path) -> Iterator[str]:
                 tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):
             continue  # templates and samples of broken code
-        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        docstrings = [ast.get_docstring(n) for n in ast.walk(tree) if isinstance(n, documented)]
-        long = [text for text in docstrings if text and len(text) >= _SHORTEST]
-        if long:
-            yield "\n\n".join(long)
+        docstrings: dict[str, str] = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node)
+                if text:
+                    name = "" if isinstance(node, ast.Module) else node.name
+                    docstrings[name if name not in docstrings else f"{name}#{len(docstrings)}"] = (
+                        text
+                    )
+        yield ".".join(part for part in parts if part != "__init__"), docstrings

@@ -109,14 +109,14 @@ def shipped_recipes(names: str) -> str:
     paths = [ROOT / "yamls" / f"{name}.yaml" for name in names.split()]
     for path in paths or sorted((ROOT / "yamls").glob("*.yaml"), key=_by_size):
         loaded = recipe.load_recipe([path])
-        n_parameters = scaling.parameter_count(_config(loaded))
+        n_parameters, count = _parameters(loaded)
         tokens = loaded.train_tokens
         assert tokens is not None  # no shipped recipe counts in epochs or seconds
         warmups = [s["t_warmup"] for s in loaded.schedulers.values() if "t_warmup" in s]
         rows.append(
             (
                 f"`{path.name}`",
-                f"{n_parameters:,}",
+                count,
                 f"{loaded.train_batch_size:,} x {loaded.data.sequence_length:,}",
                 f"{tokens // loaded.tokens_per_batch:,}",
                 _amount(tokens),
@@ -131,6 +131,17 @@ def shipped_recipes(names: str) -> str:
         *("tokens a parameter", "optimizer", "peak learning rate", "warm-up"),
     )
     return _table(header, rows)
+
+
+def _parameters(loaded: recipe.Recipe) -> tuple[int, str]:
+    """Parameters, and how to write them: the size of a corpus' own tokenizer may be unknown."""
+    config = _config(loaded)
+    if loaded.data.tokenizer == "gpt2" or "vocab_size" in loaded.model.config_overrides:
+        count = scaling.parameter_count(config)
+        return count, f"{count:,}"
+    config.vocab_size = 0
+    count = scaling.parameter_count(config)
+    return count, f"{count:,} + {config.n_embd} a token"
 
 
 def model_family(names: str) -> str:

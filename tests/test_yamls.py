@@ -24,7 +24,8 @@ NAMES = [file.stem for file in FILES]
 def _remote(monkeypatch) -> None:
     monkeypatch.setenv("OPENWEBTEXT_REMOTE", "s3://bucket/openwebtext")
     monkeypatch.setenv("MIXTURE_REMOTE", "s3://bucket/mixture")
-    monkeypatch.delenv("CORPUS_REMOTE", raising=False)
+    for variable in ("CORPUS_REMOTE", "CORPUS_TOKENIZER"):
+        monkeypatch.delenv(variable, raising=False)
 
 
 def load(name: str) -> Recipe:
@@ -253,7 +254,8 @@ def test_gpt_stars_mixture_sees_its_third_corpus_half_as_often():
 
 def test_every_recipe_is_looked_at():
     small = {"gpt2-tiny", "quickstart", "smoke"}
+    projects = {"adder", "sorter", "characters", "characters-cpu", "text8", "enwik8", "dialogue"}
     speedups = {f"{name}-speedup" for name in SPEEDUPS}
     fast = {f"{name}-{kind}" for name in FAST for kind in ("fast", "fast-gpu")}
     stars = {*GPT_STAR, "gptstar-127m-mixture"}
-    assert set(NAMES) == {*COMPOSER, *GPT3, *OPENAI, *small, *speedups, *fast, *stars}
+    assert set(NAMES) == {*COMPOSER, *GPT3, *OPENAI, *small, *projects, *speedups, *fast, *stars}

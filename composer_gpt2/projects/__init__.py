@@ -1,0 +1,1 @@
+"""Small things to learn with: each computes or reads its data, has a recipe, and is measured."""
