@@ -81,7 +81,9 @@ def check_public_names(app, env):
         for name in getattr(module, "__all__", ()):
             owners.setdefault((name, id(getattr(module, name))), []).append(module.__name__)
     for (name, _), modules in owners.items():
-        if not any(f"{module}.{name}" in documented for module in modules):
+        # The page of commands has these, with their options.
+        is_command = name.endswith("_command")
+        if not is_command and not any(f"{module}.{name}" in documented for module in modules):
             warn(
                 "%s.%s is public, but no page documents it: add its module to docs/api.md or "
                 "docs/internals.md",

@@ -2,3 +2,5 @@
 
 Heavy imports are inside the commands, so that ``--help`` answers at once.
 """
+
+__all__: list[str] = []
