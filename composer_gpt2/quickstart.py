@@ -26,7 +26,7 @@ from composer_gpt2.build import check_for_this_machine
 from composer_gpt2.data.local_s3 import LocalS3, local_s3_server
 from composer_gpt2.data.preparation import prepare, summarize
 from composer_gpt2.documentation import write_documentation
-from composer_gpt2.generate import generate
+from composer_gpt2.generation import generate
 from composer_gpt2.recipe import Recipe, RecipeError, load_recipe
 from composer_gpt2.tokenizer import VOCAB_SIZE
 from composer_gpt2.trained_model import load_trained_model

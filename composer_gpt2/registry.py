@@ -157,6 +157,8 @@ _SCHEDULERS = {
     "step": "StepScheduler",
 }
 
+_PROBABILITY = limit(lambda x: 0 < x <= 1, "above 0 and at most 1")
+
 _BUILT_IN: dict[Kind, tuple[Entry, ...]] = {
     "optimizers": (
         # Where a class decays weights unasked, the recipe has to say how much.
@@ -243,6 +245,21 @@ _BUILT_IN: dict[Kind, tuple[Entry, ...]] = {
         _callback("early_stopper", "EarlyStopper"),
         _callback("threshold_stopper", "ThresholdStopper"),
         _callback("generate", "Generate", batch_size=POSITIVE),
+        Entry(
+            "callbacks",
+            "generate_samples",
+            "composer_gpt2.generation.callback:GenerateSamples",
+            limits={
+                "interval": time("ba", "ep", "tok", "sp", "dur"),
+                "max_new_tokens": POSITIVE,
+                "n_samples": POSITIVE,
+                "temperature": NOT_NEGATIVE,
+                "top_k": POSITIVE,
+                "top_p": _PROBABILITY,
+                "typical_p": _PROBABILITY,
+                "seed": NOT_NEGATIVE,
+            },
+        ),
         _callback("memory_snapshot", "MemorySnapshot"),
         _callback("oom_observer", "OOMObserver"),
         _callback("system_metrics_monitor", "SystemMetricsMonitor"),

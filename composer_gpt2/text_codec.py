@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from composer_gpt2.model import GPT2Model
-from composer_gpt2.tokenizer import END_OF_TEXT, get_encoding
+from composer_gpt2.tokenizer import END_OF_TEXT, VOCAB_SIZE, get_encoding
 
 __all__ = ["TextCodec", "text_codec"]
 
@@ -21,6 +21,8 @@ class TextCodec:
     spell."""
     decode: Callable[[Sequence[int]], str]
     """Tokens to text; special tokens stand for none. Bytes that are no UTF-8 become U+FFFD."""
+    n_tokens: int
+    """Tokens that it knows: a network may have more rows, and those stand for nothing."""
     document_start: int | None
     """The token after which documents begin and with which they end; ``None`` if there is none."""
 
@@ -38,7 +40,7 @@ def text_codec(model: GPT2Model) -> TextCodec:
             # Ids from the padding of a vocabulary are never predicted, and stand for nothing.
             return encoding.decode([token for token in ids if token < END_OF_TEXT])
 
-        return TextCodec(encoding.encode_ordinary, decode, END_OF_TEXT)
+        return TextCodec(encoding.encode_ordinary, decode, VOCAB_SIZE, END_OF_TEXT)
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ValueError(
@@ -62,4 +64,5 @@ def text_codec(model: GPT2Model) -> TextCodec:
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
-    return TextCodec(encode_with, decode_with, cast("int | None", tokenizer.bos_token_id))
+    document_start = cast("int | None", tokenizer.bos_token_id)
+    return TextCodec(encode_with, decode_with, len(tokenizer), document_start)

@@ -72,3 +72,10 @@ def test_a_missing_source_or_checkpoint_is_one_line(tmp_path):
     assert status == 2
     assert "none.pt" in errors
     assert "Traceback" not in errors
+
+
+def test_generate_without_a_checkpoint_says_so():
+    status, said, errors = run("generate", "-p", "a")
+    assert (status, said) == (2, "")
+    assert "must have a trained model, got no CHECKPOINT" in errors
+    assert len(errors.strip().splitlines()) == 1

@@ -53,9 +53,12 @@ def test_two_ranks_train_from_s3_and_the_checkpoint_in_s3_generates(
         2,
         *("-f", ROOT / "yamls" / "smoke.yaml"),
         *(f"data.remote={s3_corpus}", "run_name=smoke", f"save_folder={checkpoints}"),
+        # Rank 0 writes texts while the other waits.
+        "callbacks.generate_samples={prompts: ['1 2 3'], interval: 4ba, max_new_tokens: 5}",
         cwd=tmp_path,
     )
     assert status == 0, said
+    assert said.count("sample at batch 4 | 1 2 3") == said.count("sample at batch 8 | 1 2 3") == 1
     assert "2 x 4 sequences, micro-batch 4" in said
     assert "batch 8 (100.0%)" in said
     assert said.count("evaluation at batch") == 2

@@ -1,0 +1,157 @@
+"""Seconds to write new tokens: ours, Hugging Face's ``generate``, and without a cache.
+
+All sample from the same randomly initialised network with the same prompt, number of tokens and
+settings (temperature 1, top-k 50). "No cache" is the loop that minGPT and nanoGPT have: the whole
+text through the network for each token, logits at the last position alone. Contestants take turns
+in every round; the first round is not reported. What a text says does not matter, only its length;
+no text ends early.
+
+    python benchmarks/generate.py --hardware 2cpu
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from transformers import GPT2LMHeadModel, PreTrainedModel
+
+from composer_gpt2.generation.network import Batch, Network
+from composer_gpt2.generation.sampling import Sampling, draw, restrict
+from composer_gpt2.model import GPT2Model
+
+PROMPT = [50256, 15496, 11, 314, 1101, 257, 3303, 2746, 11]  # "Hello, I'm a language model,"
+SAMPLING = Sampling(top_k=50)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="gpt2-125m")
+    parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument("--texts", type=int, nargs="+", default=[1, 5], help="written together")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--hardware", required=True)
+    arguments = parser.parse_args()
+    torch.manual_seed(17)
+    network = GPT2Model.from_name(arguments.model).eval().model
+    assert isinstance(network, GPT2LMHeadModel)
+    rounded = copy.deepcopy(network)  # in bfloat16 as Hugging Face has it
+    rounded.to(dtype=torch.bfloat16)  # type: ignore[call-arg]  # transformers wraps it
+    contestants: dict[str, Callable[[int, int], None]] = {
+        "no cache (minGPT), fp32": lambda n, m: without_cache(network, n, m),
+        "Hugging Face, fp32": lambda n, m: hugging_face(network, n, m),
+        "Hugging Face, bfloat16 weights": lambda n, m: hugging_face(rounded, n, m),
+        "ours through the network, fp32": lambda n, m: ours(network, "fp32", n, m, fast=False),
+        "ours, fp32": lambda n, m: ours(network, "fp32", n, m),
+        "ours, amp_bf16": lambda n, m: ours(network, "amp_bf16", n, m),
+    }
+    seconds = {(name, n): [] for n in arguments.texts for name in contestants}
+    for number in range(arguments.rounds + 1):
+        names = list(contestants) if number % 2 else list(reversed(contestants))
+        for n_texts in arguments.texts:
+            for name in names:
+                # The first round warms up: fewer tokens do.
+                n_tokens = arguments.new_tokens if number else 8
+                began = time.perf_counter()
+                with torch.random.fork_rng():
+                    contestants[name](n_texts, n_tokens)
+                took = time.perf_counter() - began
+                if number:
+                    seconds[name, n_texts].append(took)
+                    print(f"round {number}, {n_texts} texts, {name}: {took:.1f} s", flush=True)
+    path = Path(__file__).with_name(f"generate_{arguments.hardware}_{date.today():%Y%m}.md")
+    path.write_text(report(arguments, seconds), encoding="utf-8")
+    print(path.read_text(encoding="utf-8"))
+
+
+@torch.inference_mode()
+def ours(
+    network: GPT2LMHeadModel, precision: str, n_texts: int, n_tokens: int, *, fast: bool = True
+) -> None:
+    """The loop of TextGenerator without its text; weights are copied anew for bfloat16."""
+    asked = Network(network, "amp_bf16" if precision == "amp_bf16" else "fp32", 50257)
+    if not fast:
+        asked.fast_step = None
+    batch = Batch(asked, [PROMPT] * n_texts, n_tokens)
+    for _ in range(n_tokens - 1):
+        uniform = torch.rand(n_texts, dtype=torch.float64)
+        batch.step(draw(restrict(batch.logits, SAMPLING), uniform).tolist())
+    assert fast == (asked.fast_step is not None)
+
+
+@torch.inference_mode()
+def without_cache(network: PreTrainedModel, n_texts: int, n_tokens: int) -> None:
+    ids = torch.tensor([PROMPT] * n_texts)
+    for _ in range(n_tokens):
+        logits = network(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
+        logits = logits.masked_fill(logits < logits.topk(50).values[:, -1:], -torch.inf)
+        ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1)], dim=1)
+
+
+@torch.inference_mode()
+def hugging_face(network: GPT2LMHeadModel, n_texts: int, n_tokens: int) -> None:
+    ids = torch.tensor([PROMPT] * n_texts)
+    network.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=True,
+        top_k=50,
+        max_new_tokens=n_tokens,
+        min_new_tokens=n_tokens,
+        pad_token_id=50256,
+    )
+
+
+def report(arguments: argparse.Namespace, seconds: dict[tuple[str, int], list[float]]) -> str:
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers"))
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    lines = [
+        f"# Writing {arguments.new_tokens} new tokens: {arguments.hardware}",
+        "",
+        f"{arguments.model} with random weights, a prompt of {len(PROMPT)} tokens, temperature 1, "
+        "top-k 50.",
+        "",
+        f"- Command: `python benchmarks/generate.py --model {arguments.model} --new-tokens "
+        f"{arguments.new_tokens} --texts {' '.join(map(str, arguments.texts))} --rounds "
+        f"{arguments.rounds} --hardware {arguments.hardware}`",
+        f"- {date.today()}, commit {commit}, {versions}, {torch.get_num_threads()} threads, load "
+        f"average {os.getloadavg()[1]:.1f} at the end",
+        f"- Medians of {arguments.rounds} rounds in turns, a short one before them discarded; "
+        "tokens of all texts together a second",
+    ]
+    for n_texts in arguments.texts:
+        results = {name: values for (name, n), values in seconds.items() if n == n_texts}
+        medians = {name: statistics.median(values) for name, values in results.items()}
+        slowest = medians["no cache (minGPT), fp32"]
+        lines += [
+            "",
+            f"## {n_texts} text{'s' if n_texts > 1 else ''} at a time",
+            "",
+            "| | seconds | tokens/s | times no cache | all rounds, s |",
+            "|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {name} | {median:.1f} | {n_texts * arguments.new_tokens / median:.1f} | "
+            f"{slowest / median:.1f} | {', '.join(f'{value:.1f}' for value in results[name])} |"
+            for name, median in medians.items()
+        ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
