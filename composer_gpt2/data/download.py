@@ -17,7 +17,7 @@ from urllib.parse import urlparse
 
 from composer_gpt2.data.retrying import call_with_retries
 
-__all__ = ["download", "is_url", "read_bytes"]
+__all__ = ["download", "is_url", "read_bytes", "s3_client"]
 
 _CONNECT_SECONDS = 5.0
 
@@ -96,7 +96,7 @@ def _download_once(url: str, path: str, timeout_seconds: float, compare_checksum
 
 
 def _download_s3(url: str, path: str, timeout_seconds: float, compare_checksum: bool) -> None:
-    client = _s3_client(
+    client = s3_client(
         os.environ.get("S3_ENDPOINT_URL"), timeout_seconds, compare_checksum, os.getpid()
     )
     address = urlparse(url)
@@ -110,10 +110,17 @@ def _download_s3(url: str, path: str, timeout_seconds: float, compare_checksum: 
 
 
 @lru_cache(maxsize=8)
-def _s3_client(
+def s3_client(
     endpoint_url: str | None, timeout_seconds: float, compare_checksum: bool, process_id: int
 ):
-    """One client a process: clients may be shared by threads but not across a fork."""
+    """One client a process: clients may be shared by threads but not across a fork.
+
+    Args:
+        endpoint_url: ``None`` for Amazon's.
+        timeout_seconds: How long it may stay silent.
+        compare_checksum: As in :func:`download`.
+        process_id: That of this process.
+    """
     import boto3
     from botocore import UNSIGNED
     from botocore.config import Config
