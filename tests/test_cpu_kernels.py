@@ -560,7 +560,8 @@ def test_a_compiler_that_is_not_there_is_said(fresh, monkeypatch, tmp_path):
 def test_a_compiler_that_makes_something_else_is_said(fresh, monkeypatch, tmp_path):
     """And so is a file in the cache that a crash of the machine has damaged."""
     monkeypatch.setattr(library, "_cpu_features", lambda: frozenset({"avx512_bf16"}))
-    monkeypatch.setenv("CXX", compilers(tmp_path, 'for last; do :; done; echo damaged > "$last"'))
+    script = 'test "$1" = --version && exit; for last; do :; done; echo damaged > "$last"'
+    monkeypatch.setenv("CXX", compilers(tmp_path, script))
     with pytest.raises(KernelsUnavailableError, match=r"must be loadable, got .*; delete .*\.so"):
         kernel_library()
 
