@@ -21,10 +21,11 @@ from composer.core import Batch, DataSpec, Evaluator, State
 from composer.utils import collect_env, dist, get_device, reproducibility
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from composer_gpt2 import registry
 from composer_gpt2.checkpoints.exact_resume import ExactResume
-from composer_gpt2.checkpoints.manifest import Manifest
+from composer_gpt2.checkpoints.manifest import CheckpointError, Manifest
 from composer_gpt2.checkpoints.resume import (
     RecipeChangedError,
     newest_batch,
@@ -34,10 +35,12 @@ from composer_gpt2.checkpoints.resume import (
 )
 from composer_gpt2.checkpoints.safe_loading import safe_loading
 from composer_gpt2.checkpoints.saver import VerifiedCheckpointSaver
+from composer_gpt2.configs import get_config
 from composer_gpt2.contract import SpeedupAlgorithm
 from composer_gpt2.data.streaming import StreamingTokens, build_token_dataloader
 from composer_gpt2.memory import ReturnUnusedMemory, keep_freed_memory
 from composer_gpt2.model import GPT2Model
+from composer_gpt2.pretrained import load_pretrained, problems
 from composer_gpt2.progress import ProgressLines
 from composer_gpt2.recipe import Recipe, RecipeError
 from composer_gpt2.recipe_files import Mistake
@@ -94,6 +97,8 @@ def build_trainer(recipe: Recipe) -> Trainer:
         if saver is not None and dist.get_global_rank() == 0:
             held.enter_context(run_lock(recipe))
         with _checkpoint_to_load(recipe) as (load_path, resumes):
+            if recipe.model.pretrained is not None and not resumes:
+                model = build_model(recipe, on_cpu=on_cpu, pretrained=True)
             trainer = Trainer(
                 model=model,
                 train_dataloader=train_dataloader,
@@ -145,21 +150,50 @@ def name_run(recipe: Recipe) -> Recipe:
     return recipe.with_run_name(f"{recipe.model.name}-{fingerprint}")
 
 
-def build_model(recipe: Recipe, *, on_cpu: bool) -> GPT2Model:
-    """The recipe's model, freshly initialised; on a CPU it brings its own bfloat16 autocast."""
+def build_model(recipe: Recipe, *, on_cpu: bool, pretrained: bool = False) -> GPT2Model:
+    """The recipe's model; on a CPU it brings its own bfloat16 autocast.
+
+    Args:
+        recipe: A checked recipe.
+        on_cpu: Whether it will be trained on a CPU.
+        pretrained: Whether to load ``model.pretrained``; freshly initialised otherwise.
+
+    Raises:
+        RecipeError: The pretrained weights are not there, or not what the recipe says.
+    """
     data = recipe.data
     overrides = recipe.model.config_overrides
     if data.tokenizer != "gpt2":  # what begins and ends a document is the tokenizer's to say
         tokenizer = load_tokenizer(data.tokenizer)
         special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in _SPECIAL}
         overrides = {**special, **overrides}
-    return GPT2Model.from_name(
-        recipe.model.name,
+    config = get_config(recipe.model.name, **overrides)
+    network = _pretrained_network(recipe, config) if pretrained else None
+    return GPT2Model(
+        network,
+        None if pretrained else config,
         # Unchecked shards may have another tokenizer, and bits per byte would be wrong then.
         tokenizer_name=data.tokenizer if data.check_tokenizer else None,
         cpu_precision="amp_bf16" if on_cpu and recipe.precision == "amp_bf16" else "fp32",
-        **overrides,
     )
+
+
+def _pretrained_network(recipe: Recipe, config: GPT2Config) -> GPT2LMHeadModel:
+    assert recipe.model.pretrained is not None
+    try:
+        network = load_pretrained(recipe.model.pretrained, config)
+    except (ValueError, OSError, CheckpointError) as error:
+        raise RecipeError([Mistake(None, "model.pretrained", str(error))]) from error
+    # What was not here when the recipe was checked can be looked at now.
+    wrong = problems(
+        network.config,
+        config,
+        recipe.algorithms,
+        allow_changes=recipe.model.allow_destructive_algorithms,
+    )
+    if wrong:
+        raise RecipeError([Mistake(None, ".".join(key), message) for key, message in wrong])
+    return network
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:

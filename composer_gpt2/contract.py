@@ -134,6 +134,9 @@ class SpeedupAlgorithm(Algorithm):
     """Whether a checkpoint makes sense only with it. Such an algorithm calls
     :func:`record_architecture`, accepts a model that already has it with the same settings, and is
     rebuilt by ``GPT2Model.from_pretrained``."""
+    keeps_function: ClassVar[bool] = False
+    """Of an architectural algorithm: whether a network with trained weights computes the same after
+    it, so that it may be added for finetuning."""
     conflicts_with: ClassVar[Mapping[str, str]] = {}
     """Class names, Composer's or ours, that cannot be used beside it, each with the reason."""
     free_on_resume: ClassVar[frozenset[str]] = frozenset()

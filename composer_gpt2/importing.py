@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from composer_gpt2.configs import family, get_config
 from composer_gpt2.tokenizer import VOCAB_SIZE
 
-__all__ = ["import_weights"]
+__all__ = ["foreign_configuration", "import_weights"]
 
 _PADDED_VOCABULARY = 64 * math.ceil(VOCAB_SIZE / 64)  # 50,304: nanoGPT's default
 _MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -48,8 +48,23 @@ def import_weights(
     Raises:
         ValueError: It is neither of the two, it lacks a weight, or its heads are not known.
     """
-    arguments = content.get("model_args")
-    state = content["model"] if isinstance(arguments, Mapping) else content
+    weights = _weights(content, source)
+    config = _configuration(weights, content.get("model_args"), source, n_head)
+    network = GPT2LMHeadModel(config)
+    _copy(network, _in_our_layout(weights, config), source)
+    return network
+
+
+def foreign_configuration(
+    content: Mapping[str, Any], *, source: str, n_head: int | None = None
+) -> GPT2Config:
+    """The configuration of that network; arguments and errors as of :func:`import_weights`."""
+    return _configuration(_weights(content, source), content.get("model_args"), source, n_head)
+
+
+def _weights(content: Mapping[str, Any], source: str) -> dict[str, Tensor]:
+    """Tensors by their names in GPT-2, ``transformer.`` before them; causal masks left out."""
+    state = content["model"] if isinstance(content.get("model_args"), Mapping) else content
     weights = {
         str(name).removeprefix("_orig_mod.").removeprefix("module."): tensor
         for name, tensor in state.items()
@@ -63,11 +78,7 @@ def import_weights(
             f"minGPT's (a state dict with transformer.wte.weight), got {_some(content)}; check the "
             "path."
         )
-    weights = {name: tensor for name, tensor in weights.items() if not _BUFFERS.fullmatch(name)}
-    config = _configuration(weights, arguments, source, n_head)
-    network = GPT2LMHeadModel(config)
-    _copy(network, _in_our_layout(weights, config), source)
-    return network
+    return {name: tensor for name, tensor in weights.items() if not _BUFFERS.fullmatch(name)}
 
 
 def _configuration(

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
     from composer_gpt2.tokenizer_by_name import TokenizerFiles
 
-__all__ = ["GPT2Model"]
+__all__ = ["GPT2Model", "build_network", "is_hub_id"]
 
 CPUPrecision = Literal["fp32", "amp_bf16"]
 
@@ -199,7 +199,7 @@ class GPT2Model(HuggingFaceModel):
         elif Path(source).is_dir():
             module = _load_hugging_face(source, local_files_only=True)
             tokenizer = read_tokenizer_folder(Path(source))
-        elif _HUB_ID.fullmatch(source) and not ("/" in source and Path(source).parent.is_dir()):
+        elif is_hub_id(source):
             module = _load_hugging_face(source, local_files_only=False)
         else:
             raise FileNotFoundError(
@@ -308,6 +308,30 @@ class GPT2Model(HuggingFaceModel):
         return contextlib.nullcontext()
 
 
+def build_network(
+    config: PretrainedConfig, algorithms: Mapping[str, Mapping[str, Any]]
+) -> GPT2LMHeadModel:
+    """A network with architectural algorithms, its weights yet to come.
+
+    Args:
+        config: The network's before any algorithm.
+        algorithms: Names to settings, in the order of application.
+    """
+    module = GPT2LMHeadModel(config)
+    for name, settings in algorithms.items():
+        algorithm = registry.get("algorithms", name).load()(**settings)
+        algorithm.apply_to_model(module, ())
+    return module
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is nothing on this disk may be on the Hugging Face hub.
+
+    It has one or two words; in a folder that is here, the second is a mistyped file.
+    """
+    return bool(_HUB_ID.fullmatch(name)) and not ("/" in name and Path(name).parent.is_dir())
+
+
 @contextlib.contextmanager
 def _known_to_be_causal() -> Iterator[None]:
     """Spares Composer a question for which it imports every causal model of transformers.
@@ -363,23 +387,12 @@ def _load_hugging_face(source: str, *, local_files_only: bool) -> GPT2LMHeadMode
             f"{source} must be a folder here to be loaded, got the hub id of a network with "
             f"{_spelled(algorithms)}; download it first."
         )
-    module = _build(plain, algorithms)
+    module = build_network(plain, algorithms)
     weights = Path(source) / SAFE_WEIGHTS_NAME
     if weights.exists():
         load_safetensors(module, weights)
     else:
         load_sharded_checkpoint(module, source)
-    return module
-
-
-def _build(
-    config: PretrainedConfig, algorithms: Mapping[str, Mapping[str, Any]]
-) -> GPT2LMHeadModel:
-    """A network with architectural algorithms, its weights yet to come."""
-    module = GPT2LMHeadModel(config)
-    for name, settings in algorithms.items():
-        algorithm = registry.get("algorithms", name).load()(**settings)
-        algorithm.apply_to_model(module, ())
     return module
 
 
@@ -404,7 +417,7 @@ def _load_safetensors_file(path: Path) -> tuple[GPT2LMHeadModel, TokenizerFiles]
             f"{path} must be the weights of a checkpoint of ours, with the network's configuration "
             f"in its metadata, got {error!r}; a Hugging Face folder is loaded by its path."
         ) from error
-    module = _build(*plain_configuration(GPT2Config.from_dict(config)))
+    module = build_network(*plain_configuration(GPT2Config.from_dict(config)))
     load_safetensors(module, path)
     return module, json.loads(about.get("tokenizer", "{}"))
 
@@ -420,7 +433,7 @@ def _load_composer_checkpoint(
             f"{path} must be a checkpoint that a Trainer saved of a GPT2Model, got a file without "
             f"its configuration ({error!r}); check the path."
         ) from error
-    module = _build(*plain_configuration(GPT2Config.from_dict(saved)))
+    module = build_network(*plain_configuration(GPT2Config.from_dict(saved)))
     module.load_state_dict(
         {
             name.removeprefix("model."): weight

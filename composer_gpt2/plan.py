@@ -39,6 +39,7 @@ def derived_numbers(
         "model": f"{recipe.model.name}: {config.n_layer} layers, width {config.n_embd}, "
         f"{config.n_head} heads, {'no' if any_length else config.n_positions} positions",
         "parameters": f"{n_parameters:,}",
+        **({"pretrained": recipe.model.pretrained} if recipe.model.pretrained else {}),
         "batch": f"{recipe.train_batch_size:,} sequences x {recipe.data.sequence_length:,} = "
         f"{recipe.tokens_per_batch:,} tokens",
         "ranks": f"{n_ranks} x {recipe.train_batch_size // n_ranks:,} sequences, micro-batch "

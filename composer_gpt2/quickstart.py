@@ -71,11 +71,16 @@ def quickstart(
     # Mistakes in the recipe are told before minutes of work.
     address = f"data.remote={remote or _REMOTE}"
     recipe = load_recipe([recipe_file], [address, *overrides])
-    for key in ("save_folder", "load_path"):
-        if remote is None and "://" in (getattr(recipe, key) or ""):
+    addresses = {
+        "save_folder": recipe.save_folder,
+        "load_path": recipe.load_path,
+        "model.pretrained": recipe.model.pretrained,
+    }
+    for key, address_given in addresses.items():
+        if remote is None and "://" in (address_given or ""):
             raise ValueError(
                 f"{key} must be a folder when the text comes from a local S3 server, which takes "
-                f"the place of any other for the run, got {getattr(recipe, key)}; prepare the text "
+                f"the place of any other for the run, got {address_given}; prepare the text "
                 "yourself (composer-gpt2 prepare) and give its address as data."
             )
     run_name = recipe.run_name or f"{recipe.model.name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"

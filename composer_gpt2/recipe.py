@@ -107,6 +107,11 @@ class Model(_Section):
 
     name: str
     """One of :func:`composer_gpt2.configs.family`."""
+    pretrained: str | None = None
+    """Weights to start from: a run folder, a checkpoint (nanoGPT's and minGPT's too), a Hugging
+    Face folder or a hub id; of the shape that the other keys say. null: fresh ones."""
+    allow_destructive_algorithms: bool = False
+    """Whether algorithms may be added that destroy what pretrained weights compute."""
 
     @property
     def config_overrides(self) -> dict[str, Any]:

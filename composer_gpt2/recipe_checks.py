@@ -16,7 +16,7 @@ from composer_gpt2.arguments import nearest
 from composer_gpt2.configs import family, get_config
 from composer_gpt2.recipe import WEIGHT_DECAY_EXCLUDE, Data, Recipe, Stream
 from composer_gpt2.recipe_files import CHOICES, KeyPath, Merged, Mistake
-from composer_gpt2.recipe_rules import RULES, NotKnown, Unchecked
+from composer_gpt2.recipe_rules import RULES, NotKnown, Unchecked, configuration_settings
 from composer_gpt2.tokenizer import VOCAB_SIZE
 from composer_gpt2.tokenizer_by_name import load_tokenizer
 
@@ -192,7 +192,7 @@ def _check_model(recipe: Unchecked) -> None:
         model = dict(recipe["model",])
     except NotKnown:
         return
-    name = model.pop("name")
+    name, model = model.pop("name"), configuration_settings(model)
     if name not in family():
         recipe.fail(
             ("model", "name"),

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 from composer_gpt2 import registry
 from composer_gpt2.configs import get_config
 from composer_gpt2.durations import UNITS, parse_duration
-from composer_gpt2.recipe import Data, Recipe
+from composer_gpt2.recipe import Data, Model, Recipe
 from composer_gpt2.recipe_files import KeyPath, Merged, Mistake
 
-__all__ = ["RULES", "NotKnown", "Unchecked"]
+if TYPE_CHECKING:
+    from transformers import GPT2Config
+
+__all__ = ["RULES", "NotKnown", "Unchecked", "configuration_settings"]
 
 
 class NotKnown(Exception):
@@ -73,6 +76,16 @@ def _defaults(schema: type[BaseModel], path: KeyPath) -> Iterator[tuple[KeyPath,
 _DEFAULTS: dict[KeyPath, Any] = dict([*_defaults(Recipe, ()), *_defaults(Data, ("data",))])
 
 
+def configuration_settings(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of ``model`` that are settings of GPT2Config."""
+    return {key: value for key, value in model.items() if key not in Model.model_fields}
+
+
+def _config(recipe: Unchecked) -> GPT2Config:
+    model = recipe["model",]
+    return get_config(model["name"], **configuration_settings(model))
+
+
 def _one_source(recipe: Unchecked) -> None:
     remote, streams = recipe["data", "remote"], recipe["data", "streams"]
     if remote is None and not streams and recipe.merged.complete:
@@ -115,8 +128,7 @@ def _cache_of_the_only_copy(recipe: Unchecked) -> None:
 
 
 def _context_is_long_enough(recipe: Unchecked) -> None:
-    model, length = dict(recipe["model",]), recipe["data", "sequence_length"]
-    n_positions = get_config(model.pop("name"), **model).n_positions
+    n_positions, length = _config(recipe).n_positions, recipe["data", "sequence_length"]
     if any(getattr(cls, "reads_any_length", False) for cls in _algorithm_classes(recipe)):
         return
     if length > n_positions:
@@ -166,8 +178,7 @@ def _algorithms_fit(recipe: Unchecked) -> None:
 
     for problem in conflicts(chosen.values()):
         recipe.fail(("algorithms",), problem)
-    model = dict(recipe["model",])
-    config = get_config(model.pop("name"), **model)
+    model, config = recipe["model",], _config(recipe)
     plan = Plan(
         sequence_length=recipe["data", "sequence_length"],
         on_cpu={"cpu": True, "gpu": False}.get(recipe["device",]),
@@ -187,6 +198,24 @@ def _algorithms_fit(recipe: Unchecked) -> None:
             return
         length = algorithm.sequence_length_after(plan.sequence_length)
         plan = dataclasses.replace(plan, sequence_length=length)
+
+
+def _suits_pretrained_weights(recipe: Unchecked) -> None:
+    model = recipe["model",]
+    source, allows = model.get("pretrained"), model.get("allow_destructive_algorithms", False)
+    if source is None:
+        if allows:
+            recipe.fail(
+                ("model", "allow_destructive_algorithms"), "has no effect without model.pretrained"
+            )
+        return
+    if recipe["load_path",] is not None:
+        recipe.fail(("load_path",), "must not stand beside model.pretrained; remove one")
+    from composer_gpt2.pretrained import known_problems
+
+    algorithms = recipe["algorithms",]
+    for key, message in known_problems(source, _config(recipe), algorithms, allow_changes=allows):
+        recipe.fail(key, message)
 
 
 def _has_an_effect(recipe: Unchecked) -> None:
@@ -346,6 +375,7 @@ RULES = (
     _microbatch_divides,
     _needs_a_gpu,
     _algorithms_fit,
+    _suits_pretrained_weights,
     _has_an_effect,
     _resumes_exactly,
     _evaluates_something,

@@ -252,8 +252,17 @@ def test_gpt_stars_mixture_sees_its_third_corpus_half_as_often():
     assert [stream.remote[-2:] for stream in streams.values()] == ["/1", "/2", "/3", "/4", "/5"]
 
 
+def test_finetuning_begins_with_openais_weights_at_nanogpts_rate(monkeypatch):
+    recipe = load("finetune")
+    assert (recipe.model.name, recipe.model.pretrained) == ("gpt2", "openai-community/gpt2")
+    assert (recipe.optimizer_arguments["lr"], recipe.schedulers) == (3e-5, {})
+    assert (recipe.tokens_per_batch, recipe.max_duration) == (32_768, "20ba")
+    monkeypatch.setenv("PRETRAINED", "openai-community/gpt2-medium")
+    assert load("finetune").model.pretrained == "openai-community/gpt2-medium"
+
+
 def test_every_recipe_is_looked_at():
-    small = {"gpt2-tiny", "quickstart", "smoke"}
+    small = {"gpt2-tiny", "quickstart", "smoke", "finetune"}
     projects = {"adder", "sorter", "characters", "characters-cpu", "text8", "enwik8", "dialogue"}
     speedups = {f"{name}-speedup" for name in SPEEDUPS}
     fast = {f"{name}-{kind}" for name in FAST for kind in ("fast", "fast-gpu")}

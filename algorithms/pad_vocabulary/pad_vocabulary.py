@@ -125,6 +125,7 @@ class PadVocabulary(SpeedupAlgorithm):
     name = "pad_vocabulary"
     stage = Stage.EMBEDDING
     architectural = True
+    keeps_function = True
 
     def __post_init__(self) -> None:
         if self.multiple_of < 1:
