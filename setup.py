@@ -62,7 +62,7 @@ EXTRAS_REQUIRE = {
     "docs": ["furo>=2024.8", "myst-parser>=4", "sphinx>=8"],
     "bench": ["accelerate>=1"],  # for Hugging Face's Trainer, which `composer-gpt2 bench` times
     "eval": ["lm-eval[hf]>=0.4.9,<0.5"],
-    "demo": ["gradio>=5,<7"],
+    "demo": ["gradio>=6.17,<6.18"],
     "browser": ["playwright>=1.40,<2"],  # drives the Chromium of the system in tests/test_demo.py
 }
 

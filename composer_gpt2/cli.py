@@ -8,6 +8,7 @@ import typer
 
 from composer_gpt2.commands.bench import bench_command
 from composer_gpt2.commands.corpus import prepare_command, verify_command
+from composer_gpt2.commands.demo import demo_command
 from composer_gpt2.commands.doctor import doctor_command
 from composer_gpt2.commands.download import download_command
 from composer_gpt2.commands.export import export_command
@@ -29,6 +30,7 @@ app.command("verify")(verify_command)
 app.command("train")(train_command)
 app.command("doctor")(doctor_command)
 app.command("generate")(generate_command)
+app.command("demo")(demo_command)
 app.command("export")(export_command)
 app.command("download")(download_command)
 app.command("quickstart")(quickstart_command)

@@ -357,5 +357,3 @@ def test_prompts_come_from_files_and_standard_input(folder, tmp_path, capsys, mo
 def test_what_is_wrong_is_said_before_a_model_is_loaded():
     with pytest.raises(ValueError, match="top_p must be above 0"):
         command("none", "--top-p", 2)
-    with pytest.raises(ValueError, match="precision must be fp32 or amp_bf16"):
-        command("none", "--precision", "int4")

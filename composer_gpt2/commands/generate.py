@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import typer
 
@@ -76,7 +76,7 @@ def generate_command(
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it is written.")] = False,
     batch_size: Annotated[int, typer.Option(help="Texts written at the same time.")] = 32,
     precision: Annotated[
-        str, typer.Option(help="fp32, or amp_bf16: matrix products in bfloat16.")
+        Literal["fp32", "amp_bf16"], typer.Option(help="amp_bf16: matrix products in bfloat16.")
     ] = "fp32",
 ) -> None:
     """Continue a prompt with a trained model."""
@@ -87,14 +87,12 @@ def generate_command(
             "CHECKPOINT -p 'Hello'. `make train` trains one."
         )
     from composer_gpt2.generation import Sampling, TextGenerator
-    from composer_gpt2.generation.network import check_precision
     from composer_gpt2.generation.prompts import read_prompts
     from composer_gpt2.trained_model import load_trained_model
 
     sampling = Sampling(temperature, top_k, top_p, typical_p)
-    checked_precision = check_precision(precision)
     prompts = read_prompts(prompt or [], prompt_file or [])
-    generator = TextGenerator(load_trained_model(checkpoint), checked_precision)
+    generator = TextGenerator(load_trained_model(checkpoint), precision)
     settings = {
         "n_samples": n_samples,
         "max_new_tokens": max_new_tokens,
