@@ -38,6 +38,7 @@ INSTALL_REQUIRES = [
     "typing-extensions>=4",
 ]
 
+EVAL = ["lm-eval[hf]>=0.4.9,<0.5"]
 ONNX = ["onnx>=1.17", "onnxruntime>=1.19", "onnxscript>=0.2"]  # `export --onnx`
 LOCAL_S3 = ["moto[server,s3]>=5"]  # the S3 server of `make train` and of the tests
 
@@ -46,6 +47,7 @@ EXTRAS_REQUIRE = {
     "onnx": ONNX,
     "gpu": ["liger-kernel>=0.8,<0.9"],  # kernels of fused_layernorm and fused_cross_entropy
     "test": [
+        *EVAL,  # 250 MB, ten seconds with uv
         *LOCAL_S3,
         *ONNX,
         "codespell>=2.3",
@@ -61,7 +63,7 @@ EXTRAS_REQUIRE = {
     ],
     "docs": ["furo>=2024.8", "myst-parser>=4", "sphinx>=8"],
     "bench": ["accelerate>=1"],  # for Hugging Face's Trainer, which `composer-gpt2 bench` times
-    "eval": ["lm-eval[hf]>=0.4.9,<0.5"],
+    "eval": EVAL,
     "demo": ["gradio>=6.17,<6.18"],
     "browser": ["playwright>=1.40,<2"],  # drives the Chromium of the system in tests/test_demo.py
 }

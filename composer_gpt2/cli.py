@@ -11,6 +11,7 @@ from composer_gpt2.commands.corpus import prepare_command, verify_command
 from composer_gpt2.commands.demo import demo_command
 from composer_gpt2.commands.doctor import doctor_command
 from composer_gpt2.commands.download import download_command
+from composer_gpt2.commands.evaluate import evaluate_command
 from composer_gpt2.commands.export import export_command
 from composer_gpt2.commands.generate import generate_command
 from composer_gpt2.commands.project import project_command
@@ -29,6 +30,7 @@ app.command("prepare")(prepare_command)
 app.command("verify")(verify_command)
 app.command("train")(train_command)
 app.command("doctor")(doctor_command)
+app.command("evaluate")(evaluate_command)
 app.command("generate")(generate_command)
 app.command("demo")(demo_command)
 app.command("export")(export_command)

@@ -28,7 +28,7 @@ from composer.core import Batch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from transformers import GPT2LMHeadModel, PretrainedConfig, PreTrainedModel
+from transformers import GPT2LMHeadModel, PretrainedConfig
 
 from composer_gpt2.optimizer_groups import parameters_held
 
@@ -353,7 +353,7 @@ def language_model(model: nn.Module, algorithm: str) -> GPT2LMHeadModel:
     return inner
 
 
-def architecture(module: PreTrainedModel) -> dict[str, dict[str, Any]]:
+def architecture(module: nn.Module) -> dict[str, dict[str, Any]]:
     """The architectural algorithms of a network, name to settings, in the order of application."""
     recorded = getattr(module.config, _RECORD, {})
     return {name: entry["settings"] for name, entry in recorded.items()}

@@ -70,13 +70,17 @@ class ProgressLines(Callback):
 
     def eval_end(self, state: State, logger: Logger) -> None:  # noqa: D102
         seconds = time.monotonic() - self._evaluation_began
-        self._since += seconds
+        self.leave_out(seconds)
         values = [
             f"{_SHORT_NAMES.get(name, name)} {float(value):.4f}"
             for name, value in state.eval_metric_values.items()
         ]
         at = f"evaluation at batch {state.timestamp.batch.value}"
         self._print(" | ".join([at, *values, f"{seconds:.1f} s"]))
+
+    def leave_out(self, seconds: float) -> None:
+        """Does not count time that something else than training has just taken."""
+        self._since += seconds
 
     def _print(self, line: str) -> None:
         if dist.get_global_rank() == 0:

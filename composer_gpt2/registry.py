@@ -263,6 +263,14 @@ _BUILT_IN: dict[Kind, tuple[Entry, ...]] = {
         _callback("memory_snapshot", "MemorySnapshot"),
         _callback("oom_observer", "OOMObserver"),
         _callback("system_metrics_monitor", "SystemMetricsMonitor"),
+        Entry(
+            "callbacks",
+            "evaluate_tasks",
+            "composer_gpt2.evaluation.callback:EvaluateTasks",
+            limits=dict.fromkeys(
+                ("limit", "max_tokens", "context_length", "stride", "batch_tokens"), POSITIVE
+            ),
+        ),
     ),
     "loggers": (
         _logger("tensorboard", "TensorboardLogger", "tensorboard"),

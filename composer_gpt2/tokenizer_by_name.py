@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TokenizerFiles",
+    "describe_loaded_tokenizer",
     "describe_tokenizer",
     "is_gpt2_tokenizer",
     "load_tokenizer",
@@ -67,7 +68,11 @@ def describe_tokenizer(name: str) -> dict[str, Any]:
     """
     if name == "gpt2":
         return {"name": "gpt2", "vocab_size": VOCAB_SIZE, "ranks_sha256": RANKS_SHA256}
-    tokenizer = load_tokenizer(name)
+    return describe_loaded_tokenizer(load_tokenizer(name))
+
+
+def describe_loaded_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    """The same of a tokenizer that is not GPT-2's and is here already."""
     description = tokenizer.backend_tokenizer.to_str().encode()
     return {
         "name": "saved",

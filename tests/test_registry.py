@@ -456,7 +456,13 @@ def test_callbacks_run_and_measure():
     logged = " ".join(memory.data)
     for metric in ("throughput/", "lr-AdamW", "l2_norm/grad", "time/remaining"):
         assert metric in logged
-    needs_more = {"generate", "generate_samples", "memory_snapshot", "oom_observer"}
+    needs_more = {
+        "evaluate_tasks",
+        "generate",
+        "generate_samples",
+        "memory_snapshot",
+        "oom_observer",
+    }
     assert {*arguments, *needs_more} == {
         name for name in registry.names("callbacks") if registry.get("callbacks", name)
     }

@@ -45,6 +45,7 @@ __all__ = [
     "Source",
     "TextArchive",
     "TextFile",
+    "open_decompressed",
     "open_sources",
 ]
 
@@ -166,7 +167,7 @@ class JsonLines(_File):
 
     @override
     def documents(self, start: int = 0) -> Iterator[str | BadDocument]:
-        with open(self.name, "rb") as raw, _decompressed(raw) as file:
+        with open(self.name, "rb") as raw, open_decompressed(raw) as file:
             position, number = 0, 0
             while True:
                 number += 1
@@ -278,7 +279,7 @@ class TextFile(_File):
         return islice(self._documents(), start, None)
 
     def _documents(self) -> Iterator[str | BadDocument]:
-        with open(self.name, "rb") as raw, _decompressed(raw) as file:
+        with open(self.name, "rb") as raw, open_decompressed(raw) as file:
             line = 1
             try:
                 if self.split_on is None:
@@ -302,7 +303,7 @@ class TextArchive(_File):
         return islice(self._documents(), start, None)
 
     def _documents(self) -> Iterator[str | BadDocument]:
-        with open(self.name, "rb") as raw, _decompressed(raw) as file:
+        with open(self.name, "rb") as raw, open_decompressed(raw) as file:
             for document in _archive_documents(file, self.name):
                 self.n_bytes_read = raw.tell()
                 yield document
@@ -429,7 +430,7 @@ def _open_hub(address: str, text_field: str) -> list[Source]:
     return [HubShard(dataset, i, pinned, text_field) for i in range(dataset.num_shards)]
 
 
-def _decompressed(raw: IO[bytes], name: str | None = None) -> IO[bytes]:
+def open_decompressed(raw: IO[bytes], name: str | None = None) -> IO[bytes]:
     """The content of a file by the suffix of its name."""
     suffix = Path(name or raw.name).suffix.lower()
     if suffix == ".gz":
@@ -496,7 +497,7 @@ def _archive_documents(file: IO[bytes], name: str) -> Iterator[str | BadDocument
                 if member.name.endswith(".txt"):
                     yield _decode(content.read(), where)
                 elif member.name.endswith(_COMPRESSIONS):
-                    with _decompressed(content, member.name) as inner:
+                    with open_decompressed(content, member.name) as inner:
                         yield from _archive_documents(inner, where)
                 else:
                     yield BadDocument(where, "must be a .txt file or a compressed archive of them")

@@ -21,7 +21,7 @@ from composer_gpt2.data.token_shards import INDEX, STATE, TOKENIZER_FOLDER
 from composer_gpt2.tokenizer import END_OF_TEXT
 from composer_gpt2.tokenizer_by_name import describe_tokenizer
 
-__all__ = ["DamagedCorpusError", "verify"]
+__all__ = ["DamagedCorpusError", "read_shard", "verify"]
 
 
 def verify(url: str, *, progress: bool = True) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def _split_mistakes(
             n_ends = None
             continue
         with store.local_copy(name) as path:
-            tokens = _read_shard(path, shard, length, has_loss_mask=bool(corpus.get("loss_mask")))
+            tokens = read_shard(path, shard, length, has_loss_mask=bool(corpus.get("loss_mask")))
         bar.update(_stored(shard)["bytes"])
         if isinstance(tokens, str):
             yield f"{name}: {tokens}"
@@ -202,10 +202,20 @@ def _expected_tokenizer(
         return describe_tokenizer(folder)
 
 
-def _read_shard(
+def read_shard(
     path: Path, shard: dict[str, Any], length: int, *, has_loss_mask: bool
 ) -> np.ndarray | str:
-    """The tokens of a shard, or what is wrong with it."""
+    """The tokens of a shard, or what is wrong with it.
+
+    Args:
+        path: The file, as it lies in the store.
+        shard: Its description in the index.
+        length: Tokens of a sample.
+        has_loss_mask: Whether samples say which of their tokens are targets.
+
+    Returns:
+        uint16, shape ``(samples, length)``, or a sentence about the file.
+    """
     from streaming.base.compression import decompress
 
     encodings = column_encodings(length, has_loss_mask=has_loss_mask)
