@@ -7,6 +7,7 @@ import sys
 import typer
 
 from composer_gpt2.commands.bench import bench_command
+from composer_gpt2.commands.compare import compare_command
 from composer_gpt2.commands.corpus import prepare_command, verify_command
 from composer_gpt2.commands.demo import demo_command
 from composer_gpt2.commands.doctor import doctor_command
@@ -33,6 +34,7 @@ app.command("doctor")(doctor_command)
 app.command("evaluate")(evaluate_command)
 app.command("generate")(generate_command)
 app.command("demo")(demo_command)
+app.command("compare")(compare_command)
 app.command("export")(export_command)
 app.command("download")(download_command)
 app.command("quickstart")(quickstart_command)
