@@ -21,10 +21,13 @@ from collections.abc import Callable
 from datetime import date
 from importlib import metadata
 from pathlib import Path
+from unittest import mock
 
 import torch
+from torch import Tensor
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
+from composer_gpt2.generation.cache import KeyValueCache
 from composer_gpt2.generation.network import Batch, Network
 from composer_gpt2.generation.sampling import Sampling, draw, restrict
 from composer_gpt2.model import GPT2Model
@@ -51,6 +54,7 @@ def main() -> None:
         "Hugging Face, fp32": lambda n, m: hugging_face(network, n, m),
         "Hugging Face, bfloat16 weights": lambda n, m: hugging_face(rounded, n, m),
         "ours through the network, fp32": lambda n, m: ours(network, "fp32", n, m, fast=False),
+        "ours with a growing cache, fp32": lambda n, m: with_growing_cache(network, n, m),
         "ours, fp32": lambda n, m: ours(network, "fp32", n, m),
         "ours, amp_bf16": lambda n, m: ours(network, "amp_bf16", n, m),
     }
@@ -86,6 +90,28 @@ def ours(
         uniform = torch.rand(n_texts, dtype=torch.float64)
         batch.step(draw(restrict(batch.logits, SAMPLING), uniform).tolist())
     assert fast == (asked.fast_step is not None)
+
+
+def with_growing_cache(network: GPT2LMHeadModel, n_texts: int, n_tokens: int) -> None:
+    with mock.patch("composer_gpt2.generation.network.KeyValueCache", GrowingCache):
+        ours(network, "fp32", n_texts, n_tokens)
+
+
+class GrowingCache(KeyValueCache):
+    """Keys and values as transformers' DynamicCache has them: each token makes new tensors."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: object = None
+    ) -> tuple[Tensor, Tensor]:
+        if self._filling is not None:
+            _, sources = self._filling
+            self._keys.append(key_states[sources])
+            self._values.append(value_states[sources])
+            return key_states, value_states
+        n = self.n_columns  # the first token is computed twice, to be compared
+        for states, new in ((self._keys, key_states), (self._values, value_states)):
+            states[layer_idx] = torch.cat([states[layer_idx][:, :, :n], new], dim=2)
+        return self._keys[layer_idx], self._values[layer_idx]
 
 
 @torch.inference_mode()
@@ -130,7 +156,8 @@ def report(arguments: argparse.Namespace, seconds: dict[tuple[str, int], list[fl
         f"{arguments.new_tokens} --texts {' '.join(map(str, arguments.texts))} --rounds "
         f"{arguments.rounds} --hardware {arguments.hardware}`",
         f"- {date.today()}, commit {commit}, {versions}, {torch.get_num_threads()} threads, load "
-        f"average {os.getloadavg()[1]:.1f} at the end",
+        f"average {os.getloadavg()[1]:.1f} at the end"
+        + (", other programs ran at the same time" if os.getloadavg()[1] > 3 else ""),
         f"- Medians of {arguments.rounds} rounds in turns, a short one before them discarded; "
         "tokens of all texts together a second",
     ]
