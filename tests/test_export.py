@@ -28,6 +28,7 @@ from composer_gpt2.export.source import load_source
 from composer_gpt2.model import GPT2Model
 from composer_gpt2.recipe import load_recipe
 from composer_gpt2.stop_signals import StopSignals
+from composer_gpt2.tokenizer import get_tokenizer
 from composer_gpt2.train import train
 
 RECIPE = """
@@ -267,6 +268,25 @@ def test_kernels_leave_no_trace_and_untied_heads_stay(tmp_path):
     loaded = GPT2LMHeadModel.from_pretrained(tmp_path / "out")
     assert not torch.equal(loaded.lm_head.weight, loaded.transformer.wte.weight)
     assert torch.equal(loaded.lm_head.weight, model.model.lm_head.weight)
+
+
+def test_a_model_brings_its_own_tokenizer(tmp_path):
+    letters = get_tokenizer().train_new_from_iterator(["first citizen: before we proceed"], 270)
+    source, out = tmp_path / "source", tmp_path / "out"
+    letters.save_pretrained(source)
+    model = spread_out(
+        GPT2Model.from_name(
+            "gpt2-tiny", n_embd=32, vocab_size=len(letters), tokenizer_name=str(source)
+        )
+    )
+    model.model.save_pretrained(source)
+    export_model(str(source), out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.get_vocab() == letters.get_vocab()
+    config = AutoModelForCausalLM.from_pretrained(out).config
+    assert config.vocab_size == len(letters)
+    assert config.eos_token_id == letters.eos_token_id  # and not GPT-2's 50256
+    assert (out / "model.safetensors").stat().st_mode & 0o777 == out.stat().st_mode & 0o666
 
 
 def test_onnx_has_the_same_logits(tmp_path):

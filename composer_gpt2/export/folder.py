@@ -37,6 +37,8 @@ def write_folder(
     if module.lm_head.weight is module.transformer.wte.weight:
         del weights["lm_head.weight"]  # is the embedding
     save_torch_state_dict(weights, folder)
+    for path in folder.iterdir():
+        path.chmod(folder.stat().st_mode & 0o666)  # safetensors writes for the owner's eyes alone
 
     plain, _ = plain_configuration(module.config)
     config = _remote_configuration(plain, changes) if changes else plain
