@@ -103,7 +103,7 @@ class GrowingCache(KeyValueCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: object = None
     ) -> tuple[Tensor, Tensor]:
-        """The keys and values of a layer, with those of a new token behind them."""
+        """As the base; of a prompt, rows in the order of ``sources``."""
         if self._filling is not None:
             _, sources = self._filling
             self._keys.append(key_states[sources])
