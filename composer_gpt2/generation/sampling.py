@@ -120,20 +120,18 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
 def _keep_first(logits: Tensor, order: Tensor, p: float) -> Tensor:
     """Leaves the tokens that come first by descending ``order``, up to the one that reaches ``p``.
 
-    The threshold leaves tokens in whose ``order`` is that of the last one. All of a long tail need
-    not be sorted: the first of ``k`` are enough if they reach ``p``.
+    The threshold leaves tokens in whose ``order`` is that of the last one. A long tail need not be
+    sorted where the first tokens reach ``p``.
     """
     probabilities = logits.softmax(dim=-1)
     n_tokens = logits.shape[-1]
-    k = min(_FIRST_SORTED, n_tokens)
-    while True:
-        values, indices = order.topk(k, dim=-1)
-        before = probabilities.gather(-1, indices).cumsum(dim=-1)  # with the token itself
-        if k == n_tokens or bool((before[:, -1] >= p).all()):
-            break
-        k = min(8 * k, n_tokens)
+    values, indices = order.topk(min(_FIRST_SORTED, n_tokens), dim=-1)
+    reached = probabilities.gather(-1, indices).cumsum(dim=-1)
+    if not bool((reached[:, -1] >= p).all()):
+        values, indices = order.sort(dim=-1, descending=True)  # faster than topk of many
+        reached = probabilities.gather(-1, indices).cumsum(dim=-1)
     # The last kept token is the first whose sum reaches p; rounding may leave the sum of all below.
-    last = (before < p).sum(dim=-1, keepdim=True).clamp(max=k - 1)
+    last = (reached < p).sum(dim=-1, keepdim=True).clamp(max=values.shape[-1] - 1)
     return logits.masked_fill(order < values.gather(-1, last), -torch.inf)
 
 
