@@ -71,7 +71,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 path = "."  # this folder, or its name on the hub
 model = AutoModelForCausalLM.from_pretrained(path{trust})
-tokenizer = AutoTokenizer.from_pretrained(path)
+tokenizer = AutoTokenizer.from_pretrained(path{trust})
 tokens = tokenizer("Hello", return_tensors="pt")
 print(tokenizer.decode(model.generate(**tokens, max_new_tokens=50, do_sample=True)[0]))
 ```

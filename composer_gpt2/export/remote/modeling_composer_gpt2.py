@@ -47,6 +47,9 @@ class ComposerGPT2Config(PretrainedConfig):
         scale_attn_by_inverse_layer_idx: Whether they are also divided by the block's number.
         use_cache: Whether keys and values are returned.
         changes: Name of each change to its settings, in the order of application.
+        bos_token_id: Begins a document.
+        eos_token_id: Ends one.
+        tie_word_embeddings: Whether the head is the embedding.
         **others: Those of every configuration.
     """
 
@@ -75,6 +78,9 @@ class ComposerGPT2Config(PretrainedConfig):
         scale_attn_by_inverse_layer_idx: bool = False,
         use_cache: bool = True,
         changes: dict[str, dict[str, Any]] | None = None,
+        bos_token_id: int | None = 50256,
+        eos_token_id: int | None = 50256,
+        tie_word_embeddings: bool = True,
         **others: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -93,7 +99,15 @@ class ComposerGPT2Config(PretrainedConfig):
         self.scale_attn_by_inverse_layer_idx = scale_attn_by_inverse_layer_idx
         self.use_cache = use_cache
         self.changes = changes or {}
-        super().__init__(**others)
+        # Not all versions of transformers have these in every configuration.
+        special = {
+            "bos_token_id": bos_token_id,
+            "eos_token_id": eos_token_id,
+            "tie_word_embeddings": tie_word_embeddings,
+        }
+        super().__init__(**special, **others)
+        for name, value in special.items():
+            setattr(self, name, value)
 
 
 class Attention(nn.Module):
