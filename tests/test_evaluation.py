@@ -6,6 +6,9 @@ import gzip
 import json
 import math
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -450,3 +453,18 @@ def test_the_callback_refuses_a_text_longer_than_the_model_at_the_start(files):
     callback = EvaluateTasks(data={"times": files["times"]}, context_length=CONTEXT + 1)
     with pytest.raises(ValueError, match="learned positions"):
         train([callback])
+
+
+def test_two_ranks_share_the_work_and_log_the_same(files, tmp_path):
+    data = {name: files[name] for name in ("hellaswag", "lambada", "times")}
+    script = Path(__file__).with_name("evaluation_two_ranks.py")
+    command = [sys.executable, "-m", "composer.cli.launcher", "-n", "2", str(script)]
+    subprocess.run([*command, str(tmp_path), json.dumps(data)], check=True, timeout=300)
+    first, second = (json.loads((tmp_path / f"rank{r}.json").read_text()) for r in (0, 1))
+    assert first == second
+    assert all(len(values) == 2 for values in first.values())
+    model = GPT2Model.from_pretrained(tmp_path / "model", tokenizer_name="gpt2")
+    alone = evaluate(Scorer(model, progress=False), find_evaluations([], data))
+    assert {each.log_name for each in alone} == set(first)
+    for each in alone:
+        assert first[each.log_name][-1] == pytest.approx(each.value, rel=1e-4), each.log_name

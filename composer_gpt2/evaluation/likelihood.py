@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 
 import torch
 from composer.utils import dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache
+from transformers.activations import NewGELUActivation
 
 from composer_gpt2.evaluation.batching import Batch, Request, Row, plan_batches
 from composer_gpt2.model import GPT2Model
@@ -123,6 +124,7 @@ class Scorer:
             with (
                 torch.inference_mode(),
                 self.autocast(),
+                _gelu_in_one_pass(self.model.model),
                 tqdm(
                     total=sum(batch.n_tokens for batch in mine),
                     desc=description,
@@ -178,6 +180,20 @@ class Scorer:
             hidden = network.transformer(inputs, **special).last_hidden_state  # (R, S, D)
             add(hidden, _scored_in_rows(rows))
         return {request: Likelihood(sums[request], greedy[request]) for request in sums}
+
+
+@contextlib.contextmanager
+def _gelu_in_one_pass(network: nn.Module) -> Iterator[None]:
+    """Hugging Face has GPT-2's activation as eight operations, a tenth of the time on a CPU."""
+    found = [m for m in network.modules() if type(getattr(m, "act", None)) is NewGELUActivation]
+    theirs = [module.act for module in found]
+    try:
+        for module in found:
+            module.act = nn.GELU(approximate="tanh")
+        yield
+    finally:
+        for module, activation in zip(found, theirs, strict=True):
+            module.act = activation
 
 
 class _Scored(NamedTuple):
