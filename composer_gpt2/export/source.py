@@ -66,8 +66,8 @@ def load_source(
             source = str(stack.enter_context(_fetched(source)))
         model = GPT2Model.from_pretrained(source, n_head=n_head).float()
         origin = Origin(name)
-        if source.endswith(".pt"):
-            state = load_safely(source).get("state", {})
+        state = load_safely(source).get("state") if source.endswith(".pt") else None
+        if state is not None:
             which = _choose_weights(model, state, weights)
             origin = _origin(name, which, Path(source), state)
         elif weights == "trained":
