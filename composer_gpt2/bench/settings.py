@@ -48,14 +48,11 @@ class Settings:
     peer_adamw: str
     recipe: Mapping[str, Any]
     """The resolved recipe."""
+    config_overrides: Mapping[str, Any]
+    """Settings of the network that differ from those of the model's name."""
     lines: tuple[Line, ...]
     left_out: Mapping[str, str]
     """Algorithms of the recipe that no line has, each with the reason."""
-
-    @property
-    def config_overrides(self) -> dict[str, Any]:
-        """Settings of the network that differ from those of the model's name."""
-        return {k: v for k, v in self.recipe["model"].items() if k != "name"}
 
     @property
     def clip_norm(self) -> float | None:
@@ -163,6 +160,7 @@ def read_settings(
         peers=peers,
         peer_adamw=peer_adamw,
         recipe=recipe.model_dump(),
+        config_overrides=recipe.model.config_overrides,
         lines=lines,
         left_out=left_out,
     )
