@@ -53,25 +53,31 @@ def greedy(model: GPT2Model, context: list[int], n: int) -> list[int]:
 
 
 def some_requests(model: GPT2Model) -> list[Request]:
-    """Of all kinds: choices, other contexts, single tokens, equal ones, too long, greedy ones."""
+    """Of all kinds; some are too long for the context, some are greedy."""
     generator = random.Random(5)
 
     def tokens(n: int) -> list[int]:
         return [generator.randrange(N_TOKENS) for _ in range(n)]
 
     requests = [Request(tokens(length), tokens(3)) for length in (1, 2, 9, 30, 50, 31)]
-    question = tokens(20)
-    ending = tokens(6)
-    requests += [Request(question, [*ending[:shared], *tokens(4)]) for shared in (0, 0, 2, 5)]
+    # Groups with prefixes of several lengths: choices with common words, single tokens, equal ones,
+    # a request whose inputs begin another's, and contexts that differ in their last tokens.
+    for length in (17, 20, 26):
+        question, ending = tokens(length), tokens(6)
+        requests += [Request(question, [*ending[:n], *tokens(4)]) for n in (2, 2, 5)]
+        requests += [Request(question, ending), Request(question, ending)]
+    question = tokens(22)
     requests += [Request(question, [token]) for token in tokens(4)]
-    requests += [Request([*question[:18], *tokens(2)], ending) for _ in range(3)]
-    requests += [Request(question, ending), Request(question, ending)]
-    requests += [Request(question, [*ending, *tokens(7)])]  # the inputs of one begin another's
+    question, ending = tokens(19), tokens(6)
+    requests += [Request([*question, *tokens(2)], ending) for _ in range(3)]
+    question = tokens(18)
+    requests += [Request(question, ending), Request(question, [*ending, *tokens(7)])]
     requests += [Request(tokens(40), tokens(CONTEXT))]
     for length in (4, 19):
         context = tokens(length)
         requests.append(Request(context, greedy(model, context, 3)))
     requests.append(Request(question, greedy(model, question, 2)))
+    requests.append(Request([*question, *tokens(1)], greedy(model, question, 2)))
     generator.shuffle(requests)
     return requests
 
