@@ -3,10 +3,11 @@
 All sample from the same randomly initialised network with the same prompt, number of tokens and
 settings (temperature 1, top-k 50). "No cache" is the loop that minGPT and nanoGPT have: the whole
 text through the network for each token, logits at the last position alone. Contestants take turns
-in every round; the first round is not reported. What a text says does not matter, only its length;
+in every round; the first round is not reported. Beside the time on the clock stands that of the
+processor: on one thread it says what a program costs also where others run. What a text says does not matter, only its length;
 no text ends early.
 
-    python benchmarks/generate.py --hardware 2cpu
+    OMP_NUM_THREADS=1 python benchmarks/generate.py --hardware 2cpu
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from composer_gpt2.model import GPT2Model
 
 PROMPT = [50256, 15496, 11, 314, 1101, 257, 3303, 2746, 11]  # "Hello, I'm a language model,"
 SAMPLING = Sampling(top_k=50)
+Seconds = dict[tuple[str, int], list[tuple[float, float]]]  # of processor and clock
 
 
 def main() -> None:
@@ -58,20 +60,21 @@ def main() -> None:
         "ours, fp32": lambda n, m: ours(network, "fp32", n, m),
         "ours, amp_bf16": lambda n, m: ours(network, "amp_bf16", n, m),
     }
-    seconds = {(name, n): [] for n in arguments.texts for name in contestants}
+    seconds: Seconds = {(name, n): [] for n in arguments.texts for name in contestants}
     for number in range(arguments.rounds + 1):
         names = list(contestants) if number % 2 else list(reversed(contestants))
         for n_texts in arguments.texts:
             for name in names:
                 # The first round warms up: fewer tokens do.
                 n_tokens = arguments.new_tokens if number else 8
-                began = time.perf_counter()
+                began, used = time.perf_counter(), time.process_time()
                 with torch.random.fork_rng():
                     contestants[name](n_texts, n_tokens)
-                took = time.perf_counter() - began
+                took = time.process_time() - used, time.perf_counter() - began
                 if number:
                     seconds[name, n_texts].append(took)
-                    print(f"round {number}, {n_texts} texts, {name}: {took:.1f} s", flush=True)
+                    said = f"{took[0]:.1f} s of the processor, {took[1]:.1f} s"
+                    print(f"round {number}, {n_texts} texts, {name}: {said}", flush=True)
     path = Path(__file__).with_name(f"generate_{arguments.hardware}_{date.today():%Y%m}.md")
     path.write_text(report(arguments, seconds), encoding="utf-8")
     print(path.read_text(encoding="utf-8"))
@@ -138,7 +141,7 @@ def hugging_face(network: GPT2LMHeadModel, n_texts: int, n_tokens: int) -> None:
     )
 
 
-def report(arguments: argparse.Namespace, seconds: dict[tuple[str, int], list[float]]) -> str:
+def report(arguments: argparse.Namespace, seconds: Seconds) -> str:
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers"))
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"],
@@ -153,32 +156,38 @@ def report(arguments: argparse.Namespace, seconds: dict[tuple[str, int], list[fl
         f"{arguments.model} with random weights, a prompt of {len(PROMPT)} tokens, temperature 1, "
         "top-k 50.",
         "",
-        f"- Command: `python benchmarks/generate.py --model {arguments.model} --new-tokens "
+        f"- Command: `OMP_NUM_THREADS={torch.get_num_threads()} python benchmarks/generate.py --model {arguments.model} --new-tokens "
         f"{arguments.new_tokens} --texts {' '.join(map(str, arguments.texts))} --rounds "
         f"{arguments.rounds} --hardware {arguments.hardware}`",
         f"- {date.today()}, commit {commit}, {versions}, {torch.get_num_threads()} threads, load "
         f"average {os.getloadavg()[1]:.1f} at the end"
         + (", other programs ran at the same time" if os.getloadavg()[1] > 3 else ""),
-        f"- Medians of {arguments.rounds} rounds in turns, a short one before them discarded; "
-        "tokens of all texts together a second",
+        f"- Medians of {arguments.rounds} rounds in turns, a short one before them discarded",
     ]
     for n_texts in arguments.texts:
         results = {name: values for (name, n), values in seconds.items() if n == n_texts}
-        medians = {name: statistics.median(values) for name, values in results.items()}
-        slowest = medians["no cache (minGPT), fp32"]
+        used, took = (
+            {name: statistics.median(pair[i] for pair in pairs) for name, pairs in results.items()}
+            for i in (0, 1)
+        )
+        slowest = used["no cache (minGPT), fp32"]
         lines += [
             "",
             f"## {n_texts} text{'s' if n_texts > 1 else ''} at a time",
             "",
-            "| | seconds | tokens/s | times no cache | all rounds, s |",
+            "| | processor, s | clock, s | times no cache (processor) | all rounds: processor; clock |",
             "|---|---|---|---|---|",
         ]
         lines += [
-            f"| {name} | {median:.1f} | {n_texts * arguments.new_tokens / median:.1f} | "
-            f"{slowest / median:.1f} | {', '.join(f'{value:.1f}' for value in results[name])} |"
-            for name, median in medians.items()
+            f"| {name} | {used[name]:.1f} | {took[name]:.1f} | {slowest / used[name]:.1f} | "
+            f"{_each(pairs, 0)}; {_each(pairs, 1)} |"
+            for name, pairs in results.items()
         ]
     return "\n".join(lines) + "\n"
+
+
+def _each(pairs: list[tuple[float, float]], i: int) -> str:
+    return ", ".join(f"{pair[i]:.1f}" for pair in pairs)
 
 
 if __name__ == "__main__":

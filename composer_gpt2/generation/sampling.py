@@ -125,11 +125,13 @@ def _keep_first(logits: Tensor, order: Tensor, p: float) -> Tensor:
     """
     probabilities = logits.softmax(dim=-1)
     n_tokens = logits.shape[-1]
-    values, indices = order.topk(min(_FIRST_SORTED, n_tokens), dim=-1)
-    reached = probabilities.gather(-1, indices).cumsum(dim=-1)
-    if not bool((reached[:, -1] >= p).all()):
-        values, indices = order.sort(dim=-1, descending=True)  # faster than topk of many
+    for k in (_FIRST_SORTED, 8 * _FIRST_SORTED, n_tokens):
+        # A sort is faster than the first of nearly all.
+        first = order.topk(k, dim=-1) if k < n_tokens else order.sort(dim=-1, descending=True)
+        values, indices = first
         reached = probabilities.gather(-1, indices).cumsum(dim=-1)
+        if k >= n_tokens or bool((reached[:, -1] >= p).all()):
+            break
     # The last kept token is the first whose sum reaches p; rounding may leave the sum of all below.
     last = (reached < p).sum(dim=-1, keepdim=True).clamp(max=values.shape[-1] - 1)
     return logits.masked_fill(order < values.gather(-1, last), -torch.inf)
