@@ -4,8 +4,8 @@ All sample from the same randomly initialised network with the same prompt, numb
 settings (temperature 1, top-k 50). "No cache" is the loop that minGPT and nanoGPT have: the whole
 text through the network for each token, logits at the last position alone. Contestants take turns
 in every round; the first round is not reported. Beside the time on the clock stands that of the
-processor: on one thread it says what a program costs also where others run. What a text says does not matter, only its length;
-no text ends early.
+processor: on one thread it says what a program costs also where others run. What a text says does
+not matter, only its length; no text ends early.
 
     OMP_NUM_THREADS=1 python benchmarks/generate.py --hardware 2cpu
 """
@@ -156,8 +156,8 @@ def report(arguments: argparse.Namespace, seconds: Seconds) -> str:
         f"{arguments.model} with random weights, a prompt of {len(PROMPT)} tokens, temperature 1, "
         "top-k 50.",
         "",
-        f"- Command: `OMP_NUM_THREADS={torch.get_num_threads()} python benchmarks/generate.py --model {arguments.model} --new-tokens "
-        f"{arguments.new_tokens} --texts {' '.join(map(str, arguments.texts))} --rounds "
+        f"- Command: `OMP_NUM_THREADS={torch.get_num_threads()} python benchmarks/generate.py "
+        f"--model {arguments.model} --new-tokens {arguments.new_tokens} --texts {' '.join(map(str, arguments.texts))} --rounds "
         f"{arguments.rounds} --hardware {arguments.hardware}`",
         f"- {date.today()}, commit {commit}, {versions}, {torch.get_num_threads()} threads, load "
         f"average {os.getloadavg()[1]:.1f} at the end"
@@ -175,7 +175,7 @@ def report(arguments: argparse.Namespace, seconds: Seconds) -> str:
             "",
             f"## {n_texts} text{'s' if n_texts > 1 else ''} at a time",
             "",
-            "| | processor, s | clock, s | times no cache (processor) | all rounds: processor; clock |",
+            "| | processor, s | clock, s | times no cache | all rounds: processor; clock |",
             "|---|---|---|---|---|",
         ]
         lines += [
