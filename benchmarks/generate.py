@@ -157,8 +157,9 @@ def report(arguments: argparse.Namespace, seconds: Seconds) -> str:
         "top-k 50.",
         "",
         f"- Command: `OMP_NUM_THREADS={torch.get_num_threads()} python benchmarks/generate.py "
-        f"--model {arguments.model} --new-tokens {arguments.new_tokens} --texts {' '.join(map(str, arguments.texts))} --rounds "
-        f"{arguments.rounds} --hardware {arguments.hardware}`",
+        f"--model {arguments.model} --new-tokens {arguments.new_tokens} "
+        f"--texts {' '.join(map(str, arguments.texts))} --rounds {arguments.rounds} "
+        f"--hardware {arguments.hardware}`",
         f"- {date.today()}, commit {commit}, {versions}, {torch.get_num_threads()} threads, load "
         f"average {os.getloadavg()[1]:.1f} at the end"
         + (", other programs ran at the same time" if os.getloadavg()[1] > 3 else ""),
