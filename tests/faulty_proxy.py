@@ -157,7 +157,7 @@ class FaultyProxy:
             try:
                 self._socket = _bound_socket(self.port)
                 break
-            except OSError:  # until select() in the other thread has let go of the old one
+            except OSError:  # until poll() in the other thread has let go of the old one
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.01)
@@ -168,8 +168,11 @@ class FaultyProxy:
         while not self._stopped.is_set():
             listening = self._socket
             try:
-                # With a timeout: to close a socket does not end a select() for it.
-                if select.select([listening], [], [], 0.05)[0]:
+                # With a timeout: to close a socket does not end a poll() for it. No select(): it
+                # ends at file descriptor 1,023, and the process of the tests has more at times.
+                waiting = select.poll()
+                waiting.register(listening, select.POLLIN)
+                if waiting.poll(50):
                     connection, address = listening.accept()
                     threading.Thread(
                         target=self._serve, args=(connection, address), daemon=True

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from faulty_proxy import FaultyProxy
 from streaming import MDSWriter
 
 from composer_gpt2.data.local_s3 import local_s3_server
@@ -351,30 +352,18 @@ def test_asking_for_one_sequence_fails_as_often_as_it_is_tried(corpus):
     assert dataset[45]["input_ids"][0] == 45
 
 
-def test_a_fault_that_passes_is_outlasted(corpus, monkeypatch):
-    with local_s3_server() as first:
-        for variable, value in first.environment.items():
-            monkeypatch.setenv(variable, value)
-        first.create_bucket("bucket")
-        remote = upload(corpus, first, "bucket")
+def test_a_fault_that_passes_is_outlasted(corpus, s3_bucket, s3_server, monkeypatch):
+    remote = upload(corpus, s3_server, s3_bucket)
+    with FaultyProxy(s3_server.endpoint_url) as proxy:
+        monkeypatch.setenv("S3_ENDPOINT_URL", proxy.url)
         dataset = StreamingTokens(remote=remote, sequence_length=T, batch_size=4, predownload=4)
-        port = int(first.endpoint_url.rsplit(":", 1)[1])
-    done = threading.Event()
-
-    def come_back():
-        time.sleep(2)
-        with local_s3_server(port) as second:
-            second.create_bucket("bucket")
-            upload(corpus, second, "bucket")
-            done.wait(60)
-
-    thread = threading.Thread(target=come_back)
-    thread.start()
-    try:
-        assert flat(read(dataset)) == list(range(N_SAMPLES))
-    finally:
-        done.set()
-        thread.join()
+        proxy.set("down")
+        timer = threading.Timer(2, proxy.clear)
+        timer.start()
+        try:
+            assert flat(read(dataset)) == list(range(N_SAMPLES))
+        finally:
+            timer.join()
 
 
 # --- Order
