@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from composer.utils import dist
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -116,7 +117,7 @@ class Scorer:
             batch_tokens=self.batch_tokens,
             n_shares=n_ranks,
         )
-        found: dict[int, Likelihood] = {}
+        answers = _Answers(self.model.model.lm_head)
         mine = batches[rank::n_ranks]  # largest first: shares are about equal
         was_training = self.model.training
         self.model.eval()
@@ -135,10 +136,12 @@ class Scorer:
                 ) as bar,
             ):
                 for batch in mine:
-                    found.update(self._score(batch))
+                    self._score(batch, answers)
                     bar.update(batch.n_tokens)
+                answers.finish()
         finally:
             self.model.train(was_training)
+        found = answers.found
         if n_ranks > 1:
             for share in dist.all_gather_object(found):
                 found.update(share)
@@ -150,16 +153,8 @@ class Scorer:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
 
-    def _score(self, batch: Batch) -> dict[int, Likelihood]:
+    def _score(self, batch: Batch, answers: _Answers) -> None:
         network: Any = self.model.model
-        sums: dict[int, float] = dict.fromkeys((row.request for row in batch.rows), 0.0)
-        greedy: dict[int, bool] = dict.fromkeys(sums, True)
-
-        def add(hidden: Tensor, scored: Sequence[_Scored]) -> None:
-            for item, value, is_likeliest in _log_probabilities(network.lm_head, hidden, scored):
-                sums[item.request] += value
-                greedy[item.request] &= is_likeliest
-
         prefixes = None
         if batch.prefix_steps:
             prefixes = _Prefixes(network, batch.prefix_steps, self.device)
@@ -167,7 +162,7 @@ class Scorer:
             for hidden in prefixes.hidden:
                 stop = start + len(hidden)
                 here = [item for item in scored if start <= item.row < stop]
-                add(hidden, [item._replace(row=item.row - start) for item in here])
+                answers.add(hidden, [item._replace(row=item.row - start) for item in here])
                 start = stop
         for step in batch.steps:
             rows = [row for row in step if row.inputs]
@@ -178,8 +173,7 @@ class Scorer:
             if prefixes is not None:
                 special = prefixes.arguments(rows, inputs.shape[1])
             hidden = network.transformer(inputs, **special).last_hidden_state  # (R, S, D)
-            add(hidden, _scored_in_rows(rows))
-        return {request: Likelihood(sums[request], greedy[request]) for request in sums}
+            answers.add(hidden, _scored_in_rows(rows))
 
 
 @contextlib.contextmanager
@@ -229,43 +223,82 @@ def _scored_in_rows(rows: Sequence[Row]) -> list[_Scored]:
     return scored
 
 
-_LOGIT_BYTES = 24 * 2**20  # of float32 logits at once, which glibc reuses; a GPU has 16 times that
+# Logits of some positions and a part of the vocabulary are in memory at once: 512 x 8,192 x 4 bytes
+# = 17 MB stay near a CPU, and each part of the head is read once for many positions.
+_POSITIONS, _POSITIONS_ON_GPU, _VOCABULARY = 512, 4096, 8192
+
+
+class _Answers:
+    """Sums up the log-probabilities of tokens by request; positions wait until they are many.
+
+    Args:
+        head: States to logits, a linear layer.
+    """
+
+    def __init__(self, head: Any) -> None:
+        self.head = head
+        self.found: dict[int, Likelihood] = {}
+        self._states: list[Tensor] = []  # (n, D) each
+        self._n_states = 0
+        self._places: list[int] = []  # of each waiting token, in the waiting states
+        self._scored: list[_Scored] = []
+
+    def add(self, hidden: Tensor, scored: Sequence[_Scored]) -> None:
+        """Takes over what is scored of hidden states, shape ``(R, S, D)``."""
+        if not scored:
+            return
+        width = hidden.shape[1]
+        # Sequences may part behind a position: it has several tokens, and logits once.
+        positions = sorted({(item.row, item.position) for item in scored})
+        place = {position: self._n_states + n for n, position in enumerate(positions)}
+        flat = torch.tensor([row * width + n for row, n in positions], device=hidden.device)
+        self._states.append(hidden.flatten(0, 1)[flat])
+        self._n_states += len(positions)
+        self._places += [place[item.row, item.position] for item in scored]
+        self._scored += scored
+        if self._n_states >= (_POSITIONS_ON_GPU if hidden.is_cuda else _POSITIONS):
+            self.finish()
+
+    def finish(self) -> None:
+        """Computes what waits."""
+        if not self._scored:
+            return
+        states = torch.cat(self._states)
+        places = torch.tensor(self._places, device=states.device)
+        targets = torch.tensor([item.target for item in self._scored], device=states.device)
+        values, greedy = _log_probabilities(self.head, states, places, targets)
+        for item, value, is_likeliest in zip(
+            self._scored, values.tolist(), greedy.tolist(), strict=True
+        ):
+            total, all_greedy = self.found.get(item.request, (0.0, True))
+            self.found[item.request] = Likelihood(total + value, all_greedy and is_likeliest)
+        self._states, self._n_states, self._places, self._scored = [], 0, [], []
 
 
 def _log_probabilities(
-    head: Any, hidden: Tensor, scored: Sequence[_Scored]
-) -> Iterator[tuple[_Scored, float, bool]]:
-    """Of each token its log-probability and whether it is the likeliest.
+    head: Any, states: Tensor, places: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of each target its log-probability, float32, and whether it is the likeliest token.
 
     Args:
-        head: States to logits.
-        hidden: Shape ``(R, S, D)``.
-        scored: In any order; each position has its logits computed once.
+        head: A linear layer with ``V`` outputs.
+        states: Shape ``(N, D)``.
+        places: Of the state that predicts each target, shape ``(M,)``.
+        targets: Tokens, shape ``(M,)``.
     """
-    if not scored:
-        return
-    by_position = sorted(scored, key=lambda each: each[:2])
-    positions = sorted({each[:2] for each in scored})
-    place = {position: number for number, position in enumerate(positions)}
-    device, width = hidden.device, hidden.shape[1]
-    flat = torch.tensor([row * width + position for row, position in positions], device=device)
-    states = hidden.flatten(0, 1)[flat]  # (N, D)
-    places = torch.tensor([place[each[:2]] for each in by_position], device=device)
-    targets = torch.tensor([each.target for each in by_position], device=device)
-
-    n_rows = _LOGIT_BYTES // (4 * head.weight.shape[0]) * (16 if hidden.is_cuda else 1)
-    n_rows = max(1, n_rows)
-    values, greedy = [], []
-    for start in range(0, len(states), n_rows):
-        logits = head(states[start : start + n_rows]).float()  # (n, V)
-        here = (places >= start) & (places < start + n_rows)
-        rows, wanted = places[here] - start, targets[here]
-        highest, likeliest = logits.max(dim=1)
-        chosen = logits[rows, wanted]
-        total = logits.sub_(highest[:, None]).exp_().sum(dim=1).log_()
-        values.append((chosen - (highest + total)[rows]).double())
-        greedy.append(likeliest[rows] == wanted)
-    yield from zip(by_position, torch.cat(values).tolist(), torch.cat(greedy).tolist(), strict=True)
+    highest = torch.full(states.shape[:1], -torch.inf, device=states.device)
+    total = torch.zeros_like(highest)  # of exp(logit - highest)
+    chosen = torch.zeros(len(targets), device=states.device)
+    for start in range(0, len(head.weight), _VOCABULARY):
+        part = slice(start, start + _VOCABULARY)
+        bias = None if head.bias is None else head.bias[part]
+        logits = F.linear(states, head.weight[part], bias).float()  # (N, part of V)
+        here = (targets >= start) & (targets < part.stop)
+        chosen[here] = logits[places[here], targets[here] - start]
+        before, highest = highest, torch.maximum(highest, logits.amax(dim=1))
+        total *= (before - highest).exp_()
+        total += logits.sub_(highest[:, None]).exp_().sum(dim=1)
+    return chosen - (highest + total.log())[places], chosen == highest[places]
 
 
 class _Prefixes:
