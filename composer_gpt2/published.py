@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import quote, unquote, urlparse
 
@@ -71,14 +71,15 @@ def download_published(
             newest is taken), or of one file; a hub id, ``owner/name`` or ``hf://owner/name``, with
             ``@revision`` or without; or one of :data:`OPENAI`.
         out: The folder to be. Default: the last word of ``name`` in the current folder.
-        sha256: Of the one file.
+        sha256: Of the one file; for what is several files it is refused.
         weights_only: Of a checkpoint the weights alone, as safetensors, without what a run needs to
             go on (the optimizer's state, twice the size).
         retries: As for :func:`composer_gpt2.data.resumable.download_resumable`.
 
     Raises:
         ValueError: The name is none of these, or an option is not for it.
-        CheckpointError: A manifest cannot be read, or what arrives has another hash.
+        CheckpointError: A manifest cannot be read, or what is published or arrives has another
+            hash.
         FileNotFoundError: There is nothing.
         PermissionError: It is not for us.
         ConnectionError: It cannot be reached.
@@ -104,12 +105,20 @@ def download_published(
                 f"weights_only is for a manifest or a folder of checkpoints, got the file {name}; "
                 "leave it out."
             )
-        files = [_File(_last_word(name), name, sha256)]
+        files = [_File(_last_word(name), name)]
         use_as = folder / files[0].name
     else:
         files, use_as = _files_of_a_checkpoint(name, folder, weights_only, retries)
-    if sha256 is not None and len(files) != 1:
-        raise ValueError(f"sha256 is for one file, got {name}, which is {len(files)} files.")
+    if sha256 is not None:
+        if len(files) != 1:
+            raise ValueError(f"sha256 is for one file, got {name}, which is {len(files)} files.")
+        published = files[0].sha256
+        if published is not None and published.lower() != sha256.lower():
+            raise CheckpointError(
+                f"{files[0].name} must have the SHA-256 {sha256}, got one that is published as "
+                f"{published}; check the address and the hash."
+            )
+        files = [replace(files[0], sha256=sha256)]
     unchecked = []
     for file in files:
         checked = download_resumable(

@@ -177,6 +177,19 @@ def test_a_manifest_on_the_web(web, tmp_path):
     assert files_in(tmp_path / "damaged") == set()
 
 
+def test_a_hash_holds_for_the_weights_of_a_manifest(web, tmp_path):
+    files = a_checkpoint(9)
+    web.files |= {f"/run/{name}": content for name, content in files.items()}
+    address = f"{web.url}/run/ep0-ba9-rank0.json"
+    with pytest.raises(CheckpointError, match=f"SHA-256 {HASH}, got one that is published as"):
+        download_published(address, tmp_path / "other", sha256=HASH, weights_only=True)
+    assert not (tmp_path / "other").exists()
+    right = hashlib.sha256(files["ep0-ba9-rank0.safetensors"]).hexdigest().upper()
+    download_published(address, tmp_path / "right", sha256=right, weights_only=True)
+    with pytest.raises(ValueError, match="which is 3 files"):
+        download_published(address, tmp_path / "whole", sha256=HASH)
+
+
 def test_a_folder_in_an_object_store_through_a_bad_network(
     s3_bucket, s3_server, tmp_path, monkeypatch
 ):
@@ -196,40 +209,50 @@ def test_a_folder_in_an_object_store_through_a_bad_network(
     assert found == a_checkpoint(10)
 
 
-def test_a_model_of_the_hub_with_its_hashes(web, tmp_path, monkeypatch):
+@pytest.fixture
+def publish(web, monkeypatch):
+    """Puts a model on a hub: its files, and the hashes of those that have one."""
     import huggingface_hub.constants
     from huggingface_hub.utils import reset_sessions
 
-    config = b'{"model_type": "gpt2"}'
-    commit, name = "a" * 40, OPENAI["gpt2"]
-    siblings = [
-        {"rfilename": "config.json", "size": len(config)},
-        {"rfilename": "tf_model.h5", "size": 5},
-        {
-            "rfilename": "model.safetensors",
-            "size": len(CONTENT),
-            "lfs": {"sha256": HASH, "size": len(CONTENT), "pointerSize": 100},
-        },
-    ]
-    info = {"id": name, "sha": commit, "siblings": siblings}
-    web.files |= {
-        f"/api/models/{name}?blobs=True": json.dumps(info).encode(),
-        f"/{name}/resolve/{commit}/config.json": config,
-        f"/{name}/resolve/{commit}/model.safetensors": CONTENT,
-    }
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", web.url)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    reset_sessions()
-    try:
-        downloaded = download_published("gpt2", tmp_path / "gpt2")
-        with pytest.raises(FileNotFoundError, match="HF_TOKEN if it is private"):
-            download_published("owner/missing", tmp_path / "missing")
-    finally:
-        monkeypatch.undo()
+    def publish(name: str, files: dict[str, bytes], hashes: dict[str, str]) -> None:
+        siblings: list[dict] = [{"rfilename": f, "size": len(files[f])} for f in files]
+        for sibling in siblings:
+            if sha256 := hashes.get(sibling["rfilename"]):
+                sibling["lfs"] = {"sha256": sha256, "size": sibling["size"], "pointerSize": 100}
+        commit = "a" * 40
+        info = {"id": name, "sha": commit, "siblings": siblings}
+        web.files[f"/api/models/{name}?blobs=True"] = json.dumps(info).encode()
+        web.files |= {f"/{name}/resolve/{commit}/{f}": files[f] for f in files}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "ENDPOINT", web.url)
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         reset_sessions()
+        yield publish
+    reset_sessions()
+
+
+CONFIG = b'{"model_type": "gpt2"}'
+
+
+def test_a_model_of_the_hub_with_its_hashes(publish, tmp_path):
+    files = {"config.json": CONFIG, "tf_model.h5": b"12345", "model.safetensors": CONTENT}
+    publish(OPENAI["gpt2"], files, {"model.safetensors": HASH})
+    downloaded = download_published("gpt2", tmp_path / "gpt2")
+    with pytest.raises(FileNotFoundError, match="HF_TOKEN if it is private"):
+        download_published("owner/missing", tmp_path / "missing")
     assert downloaded.unchecked == ("config.json",)
     assert files_in(tmp_path / "gpt2") == {"config.json", "model.safetensors"}
     assert (tmp_path / "gpt2" / "model.safetensors").read_bytes() == CONTENT
+
+
+def test_a_hash_holds_for_the_one_file_of_the_hub(publish, tmp_path):
+    publish("owner/small", {"model.safetensors": CONTENT}, {})
+    downloaded = download_published("owner/small", tmp_path / "right", sha256=HASH)
+    assert downloaded.n_checked == 1
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        download_published("owner/small", tmp_path / "wrong", sha256="0" * 64)
 
 
 @pytest.mark.parametrize(
