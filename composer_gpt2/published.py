@@ -31,6 +31,13 @@ OPENAI = {
 _HUB_ID = re.compile(r"(hf://)?(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 # What a model needs; the hub keeps the same weights in other formats beside them.
 _NEEDED = re.compile(r"[^/]+\.(safetensors|json|txt|model|py|md)|LICENSE")
+_OLD_WEIGHTS = re.compile(r"pytorch_model[^/]*\.bin")
+# A folder may have a dot in its name (gpt2-1.3b), so a store's files are told by these alone.
+_FILE = re.compile(
+    r".*\.(bin|ckpt|csv|gz|jsonl?|md|mds|model|np[yz]|onnx|parquet|pth?|py|safetensors|tar|tgz|txt|xz"
+    r"|ya?ml|zip|zst)",
+    re.IGNORECASE,
+)
 _TIMEOUT_SECONDS = 60.0
 
 
@@ -68,8 +75,8 @@ def download_published(
     Args:
         name: The address (``https://``, ``http://``, ``s3://``, ``gs://``, ...) of a manifest of
             ours (``ep0-ba100-rank0.json``), of a folder in an object store with such manifests (the
-            newest is taken), or of one file; a hub id, ``owner/name`` or ``hf://owner/name``, with
-            ``@revision`` or without; or one of :data:`OPENAI`.
+            newest is taken), or of one file, told by its suffix; a hub id, ``owner/name`` or
+            ``hf://owner/name``, with ``@revision`` or without; or one of :data:`OPENAI`.
         out: The folder to be. Default: the last word of ``name`` in the current folder.
         sha256: Of the one file; for what is several files it is refused.
         weights_only: Of a checkpoint the weights alone, as safetensors, without what a run needs to
@@ -212,6 +219,16 @@ def _files_of_the_hub(name: str) -> list[_File]:
             f"{repository} must be a model on the Hugging Face hub at {api.endpoint} that we may "
             "see, got none; check the name, and HF_TOKEN if it is private."
         ) from error
+    names = [sibling.rfilename for sibling in info.siblings or []]
+    needed = {each for each in names if _NEEDED.fullmatch(each)}
+    if not any(each.endswith(".safetensors") for each in needed):
+        weights = {each for each in names if _OLD_WEIGHTS.fullmatch(each)}
+        if not weights:
+            raise FileNotFoundError(
+                f"{repository} must have its weights as *.safetensors or pytorch_model*.bin, got "
+                f"none among its {len(names)} files; choose another model."
+            )
+        needed |= weights
     headers = build_hf_headers()
     return [
         _File(
@@ -223,14 +240,18 @@ def _files_of_the_hub(name: str) -> list[_File]:
             headers=headers,
         )
         for sibling in info.siblings or []
-        if _NEEDED.fullmatch(sibling.rfilename)
+        if sibling.rfilename in needed
     ]
 
 
 def _is_file(url: str) -> bool:
     """Whether an address is that of one file, and of no manifest."""
     word = _last_word(url)
-    return "." in word and not MANIFEST_NAME.fullmatch(word)
+    if MANIFEST_NAME.fullmatch(word):
+        return False
+    if urlparse(url).scheme in ("http", "https"):
+        return "." in word  # the web has no folders that we could list
+    return _FILE.fullmatch(word) is not None
 
 
 def _last_word(url: str) -> str:

@@ -196,14 +196,16 @@ def test_a_folder_in_an_object_store_through_a_bad_network(
     client = s3_server.client()
     for batch in (8, 10):
         for name, content in a_checkpoint(batch).items():
-            client.put_object(Bucket=s3_bucket, Key=f"run/{name}", Body=content)
+            client.put_object(Bucket=s3_bucket, Key=f"runs/gpt2-1.3b/{name}", Body=content)
     with FaultyProxy(s3_server.endpoint_url) as proxy:
         monkeypatch.setenv("S3_ENDPOINT_URL", proxy.url)
         proxy.set("reset", method="GET", path=r"ba10-rank0\.pt", times=2)
-        downloaded = download_published(f"s3://{s3_bucket}/run", tmp_path / "out")
+        downloaded = download_published(f"s3://{s3_bucket}/runs/gpt2-1.3b", tmp_path / "out")
         assert proxy.hits()["reset"] == 2
         with pytest.raises(FileNotFoundError, match="must hold a checkpoint with its manifest"):
             download_published(f"s3://{s3_bucket}/other", tmp_path / "none")
+        weights = f"s3://{s3_bucket}/runs/gpt2-1.3b/ep0-ba8-rank0.safetensors"
+        assert download_published(weights, tmp_path / "one").use_as.stat().st_size == 1 << 8
     assert downloaded.use_as.name == "ep0-ba10-rank0.pt"
     found = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert found == a_checkpoint(10)
@@ -245,6 +247,22 @@ def test_a_model_of_the_hub_with_its_hashes(publish, tmp_path):
     assert downloaded.unchecked == ("config.json",)
     assert files_in(tmp_path / "gpt2") == {"config.json", "model.safetensors"}
     assert (tmp_path / "gpt2" / "model.safetensors").read_bytes() == CONTENT
+
+
+def test_a_model_of_the_hub_has_its_weights(publish, tmp_path):
+    index = "pytorch_model.bin.index.json"
+    old = {"config.json": CONFIG, index: b"{}", "training_args.bin": b"1"}
+    old |= {f"pytorch_model-0000{i}-of-00002.bin": CONTENT[:i] for i in (1, 2)}
+    publish("owner/old", old, {})
+    download_published("owner/old", tmp_path / "old")
+    assert files_in(tmp_path / "old") == set(old) - {"training_args.bin"}
+    publish("owner/both", {"pytorch_model.bin": CONTENT, "model.safetensors": b"1"}, {})
+    download_published("owner/both", tmp_path / "both")
+    assert files_in(tmp_path / "both") == {"model.safetensors"}
+    publish("owner/none", {"config.json": CONFIG, "tf_model.h5": b"1"}, {})
+    with pytest.raises(FileNotFoundError, match="got none among its 2 files"):
+        download_published("owner/none", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_hash_holds_for_the_one_file_of_the_hub(publish, tmp_path):
