@@ -239,12 +239,61 @@ def test_an_existing_folder_is_refused_or_replaced(tmp_path):
     GPT2Model.from_name("gpt2-tiny", n_embd=32).model.save_pretrained(source)
     out.mkdir()
     (out / "mine.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="must be new or empty"):
-        export_model("no-such-checkpoint.pt", out)  # refused before anything is read
+    for overwrite in (False, True):  # refused before anything is read
+        with pytest.raises(FileExistsError, match=r"must be new or empty.* is no earlier export"):
+            export_model("no-such-checkpoint.pt", out, overwrite=overwrite)
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
-    export_model(str(source), out, overwrite=True)
+    (out / "config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="replace it with --overwrite"):
+        export_model("no-such-checkpoint.pt", out)
+    (tmp_path / "link").symlink_to(out)
+    export_model(str(source), tmp_path / "link", overwrite=True)
     assert not (out / "mine.txt").exists()
     assert (out / "model.safetensors").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out", "source"]
+
+
+def test_what_is_exported_is_never_replaced(run, plain, tmp_path, monkeypatch):
+    def unreached(*_):
+        raise AssertionError("checked too late")
+
+    monkeypatch.setattr("composer_gpt2.export.program.load_source", unreached)
+    monkeypatch.chdir(plain)
+    latest = run / "checkpoints" / "latest-rank0.pt"
+    for source, out in (
+        (run, run),
+        (run, run.parent),
+        (latest, run / "checkpoints"),
+        (latest.resolve(), run),
+        (plain, plain),
+        (plain / "model.safetensors", Path(".")),
+    ):
+        with pytest.raises(FileExistsError, match="is the folder of what is exported"):
+            export_model(str(source), out, overwrite=True)
+    another = tmp_path / "another"  # a run that is not the source, with a model's configuration
+    (another / "checkpoints").mkdir(parents=True)
+    (another / "config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="is no earlier export"):
+        export_model(str(run), another, overwrite=True)
+
+
+@pytest.mark.parametrize("problem", [KeyboardInterrupt, OSError])
+def test_what_is_replaced_comes_back_if_the_new_one_does_not(problem, tmp_path, monkeypatch):
+    source, out = tmp_path / "source", tmp_path / "out"
+    GPT2Model.from_name("gpt2-tiny", n_embd=32).model.save_pretrained(source)
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    rename = Path.rename
+
+    def fails(path, target):
+        if path.name == "model":
+            raise problem("between the two")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(problem, match="between the two"):
+        export_model(str(source), out, overwrite=True)
+    assert (out / "config.json").read_text() == "{}"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 

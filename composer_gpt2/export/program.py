@@ -21,6 +21,7 @@ from composer_gpt2.export.folder import write_folder
 from composer_gpt2.export.model_card import model_card
 from composer_gpt2.export.source import Weights, load_source
 from composer_gpt2.model import GPT2Model
+from composer_gpt2.trained_model import find_checkpoint
 
 __all__ = ["DTypeName", "Exported", "export_model"]
 
@@ -68,10 +69,12 @@ def export_model(
         weights: As for :func:`composer_gpt2.export.source.load_source`.
         n_head: As for :meth:`composer_gpt2.GPT2Model.from_pretrained`.
         onnx: Whether to add ``model.onnx``; for plain networks in float32.
-        overwrite: Whether a folder that is there is replaced, once the new one is checked.
+        overwrite: Whether an earlier export that is there is replaced, once the new one is checked.
+            What does not look like one (``config.json``, and neither ``recipe.yaml`` nor
+            ``checkpoints``) or holds ``checkpoint`` never is.
 
     Raises:
-        FileExistsError: ``out`` is there.
+        FileExistsError: ``out`` is there and not to be replaced.
         NotExportableError: An algorithm of the network has no exported form.
         LogitsDifferError: What was written computes something else; it is gone again.
         ValueError: An option that cannot be, or ``onnx`` without its packages.
@@ -84,7 +87,8 @@ def export_model(
         from composer_gpt2.export.onnx_file import check_onnx_options
 
         check_onnx_options(dtype)
-    _check_target(out, overwrite)
+    target = out.resolve()  # of a link: where it points to
+    _check_target(target, overwrite, checkpoint)
     with load_source(checkpoint, weights, n_head) as (model, origin):
         # The reference is the network as it was trained, with all its algorithms.
         reference = copy.deepcopy(model)
@@ -94,7 +98,7 @@ def export_model(
                 f"--onnx is for a plain GPT-2, got a network with {', '.join(changes)}; leave it "
                 "out."
             )
-        with _beside(out) as folder:
+        with _beside(target) as folder:
             rounding = _round(reference, torch_dtype)
             largest = write_probes(reference, folder.with_name("probes.safetensors"))
             del reference
@@ -116,7 +120,8 @@ def export_model(
                 difference=difference,
             )
             (folder / "README.md").write_text(card, encoding="utf-8")
-            _put_in_place(folder, out)
+            _check_target(target, overwrite, checkpoint)  # somebody may have written there
+            _put_in_place(folder, target)
     return Exported(
         folder=out,
         changes=tuple(changes),
@@ -135,16 +140,38 @@ def _dtype(name: str) -> torch.dtype:
     return known[name]
 
 
-def _check_target(out: Path, overwrite: bool) -> None:
-    if out.is_dir() and not any(out.iterdir()):
+def _check_target(out: Path, overwrite: bool, checkpoint: str) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if out.is_dir() and overwrite:
-        return
-    if out.exists() or out.is_symlink():
-        advice = (
-            "choose another, or replace it with --overwrite" if out.is_dir() else "choose another"
+    if not out.is_dir():
+        problem = "a file; choose another"
+    elif _holds(out, checkpoint):
+        problem = "the folder of what is exported; choose another"
+    elif not _looks_exported(out):
+        problem = (
+            "a folder that is no earlier export, which --overwrite leaves alone; choose another"
         )
-        raise FileExistsError(f"the folder of an export must be new or empty, got {out}; {advice}.")
+    elif not overwrite:
+        problem = "an earlier export; choose another, or replace it with --overwrite"
+    else:
+        return
+    raise FileExistsError(
+        f"the folder of an export must be new or empty, got {out}, which is {problem}."
+    )
+
+
+def _holds(out: Path, checkpoint: str) -> bool:
+    """Whether a folder is or contains what is exported."""
+    sources = {checkpoint, find_checkpoint(checkpoint)}
+    here = [Path(source) for source in sources if "://" not in source and Path(source).exists()]
+    # Of a link (latest-rank0.pt) both where it is and where it points to.
+    places = [place for path in here for place in (path.resolve(), path.parent.resolve())]
+    return any(place.is_relative_to(out) for place in places)
+
+
+def _looks_exported(out: Path) -> bool:
+    is_run = (out / "recipe.yaml").exists() or (out / "checkpoints").exists()
+    return (out / "config.json").is_file() and not is_run
 
 
 @torch.no_grad()
@@ -180,9 +207,18 @@ def _beside(out: Path) -> Iterator[Path]:
 
 
 def _put_in_place(folder: Path, out: Path) -> None:
-    if out.is_dir():
-        if any(out.iterdir()):
-            out.rename(folder.with_name("replaced"))  # goes with the folder that holds both
-        else:
+    if not out.is_dir() or not any(out.iterdir()):
+        if out.is_dir():
             out.rmdir()
-    folder.rename(out)
+        folder.rename(out)
+        return
+    # Not in the unfinished folder: that one is deleted, come what may.
+    replaced = out.with_name(f"{folder.parent.name}-replaced")
+    try:
+        out.rename(replaced)
+        folder.rename(out)
+    finally:
+        if not folder.exists():
+            shutil.rmtree(replaced)
+        elif replaced.exists():
+            replaced.rename(out)  # an error or Ctrl-C came between the two
