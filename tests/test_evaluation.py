@@ -8,6 +8,7 @@ import math
 import random
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -196,6 +197,28 @@ def test_enwik8_is_its_last_five_million_bytes(tmp_path):
     (stream,) = text.read(LETTERS, 10)
     assert "".join(map(chr, stream.tokens)) == "ababababaab"[:9] + "ba"[::1]
     assert stream.n_bytes == 10
+
+
+def test_packed_text8_is_unpacked(tmp_path):
+    content = b"anarchism originated"
+    with zipfile.ZipFile(tmp_path / "text8.zip", "w") as archive:
+        archive.writestr("text8", content)
+    (tmp_path / "text8.gz").write_bytes(gzip.compress(content))
+    for name in ("text8.zip", "text8.gz"):
+        (stream,) = open_text("text8", str(tmp_path / name)).read(LETTERS, None)
+        assert bytes(stream.tokens.tolist()) == content
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-9])
+        with pytest.raises(ValueError, match=r"must be a readable \.(zip|gz) archive"):
+            open_text("text8", str(tmp_path / name))
+
+
+def test_as_many_tokens_are_read_as_are_wanted(tmp_path, model):
+    path, codec = tmp_path / "text8", text_codec(model)
+    path.write_text(" international responsibilities" * 100)
+    (whole,) = open_text("text8", str(path)).read(codec, None)
+    (part,) = open_text("text8", str(path)).read(codec, 150)
+    assert part.tokens.tolist() == whole.tokens.tolist()[:151]
+    assert part.n_bytes == len(codec.decode(part.tokens.tolist()))
 
 
 # --- Tasks ---------------------------------------------------------------------------------------

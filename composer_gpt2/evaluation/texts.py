@@ -9,8 +9,8 @@ a corpus         prepared by ``composer-gpt2 prepare`` (a folder or an address s
                  document ended by the token that ends documents, as in training.
 ``wikitext``     WikiText-2 or -103, raw or tokenised: de-tokenised, a stream for each article, and
                  the words of the original, as in the lm-evaluation-harness
-``enwik8``       of the 100,000,000 bytes the last 5,000,000, the customary test set; a file of
-                 another size as a whole
+``enwik8``       of the 100,000,000 bytes the last 5,000,000, the customary test set; a text of
+                 another size as a whole. As it is, or in a zip, gz, xz or zst
 ``text8``        the same
 ===============  ===================================================================================
 """
@@ -33,6 +33,7 @@ from composer_gpt2.data.preparation import CORPUS
 from composer_gpt2.data.token_shards import INDEX
 from composer_gpt2.data.verification import read_shard
 from composer_gpt2.evaluation.tasks import read_records
+from composer_gpt2.projects.characters import read_one_file
 from composer_gpt2.text_codec import TextCodec
 from composer_gpt2.tokenizer import token_byte_lengths
 
@@ -284,18 +285,22 @@ _WHOLE, _TEST = 100_000_000, 5_000_000  # bytes; 90, 5 and 5 million to train, v
 
 
 def _open_bytes(name: str, file: Path) -> Text:
-    size = file.stat().st_size
-    is_whole = size == _WHOLE
-    note = f"the last {_TEST:,} bytes" if is_whole else f"all of its {size:,} bytes"
+    data = read_one_file(file)
+    note = f"all of its {len(data):,} bytes"
+    if len(data) == _WHOLE:
+        data, note = data[-_TEST:], f"the last {_TEST:,} bytes"
 
     def read(codec: TextCodec, n_tokens: int | None) -> list[TokenStream]:
-        with open(file, "rb") as content:
-            content.seek(_WHOLE - _TEST if is_whole else 0)
-            data = content.read()
-        if n_tokens is not None:
-            data = data[: 4 * n_tokens + 64]  # a token of any tokenizer of ours has at least a byte
         # The cut may go through a character: its bytes count, and are read as U+FFFD.
         text = data.decode("utf-8", "replace")
+        if n_tokens is not None:
+            # Some tokens more than are wanted, for the last ones depend on where the text is cut.
+            n_characters = 4 * n_tokens + 64
+            while n_characters < len(text):
+                if len(codec.encode(text[:n_characters])) >= n_tokens + 64:
+                    break
+                n_characters *= 2
+            text = text[:n_characters]
         stream = _one_stream(codec, [text], n_tokens)
         if n_tokens is None and codec.document_start is not None:
             stream = stream._replace(n_bytes=len(data))

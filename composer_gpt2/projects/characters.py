@@ -7,7 +7,9 @@ random places for the same reason.
 
 from __future__ import annotations
 
+import lzma
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Literal
 
@@ -15,11 +17,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from composer_gpt2.data.array_corpus import write_array_corpus
+from composer_gpt2.data.corpora import open_decompressed
 from composer_gpt2.small_tokenizers import byte_tokenizer, character_tokenizer
 
-__all__ = ["write_characters"]
+__all__ = ["read_one_file", "write_characters"]
 
 Unit = Literal["character", "byte"]
+_DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, OSError)
 
 
 def write_characters(
@@ -34,7 +38,7 @@ def write_characters(
     """Writes a text as a corpus with a token for each character or byte.
 
     Args:
-        text_file: UTF-8; or a ``.zip`` with one such file.
+        text_file: UTF-8; or packed, as for :func:`read_one_file`.
         out: The corpus.
         sequence_length: Tokens of a window.
         stride: Tokens from a window of training to the next. Default: ``sequence_length``, no
@@ -46,7 +50,7 @@ def write_characters(
 
     Raises:
         ValueError: A number is out of range, the text is no UTF-8, or a split is shorter than a
-            window.
+            window; or as of :func:`read_one_file`.
         FileNotFoundError: There is no such text.
         FileExistsError: ``out`` holds something else.
     """
@@ -57,7 +61,7 @@ def write_characters(
         )
     if len(shares) not in (2, 3) or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-9:
         raise ValueError(f"shares must be two or three, above 0, of sum 1, got {shares}.")
-    tokens, tokenizer = _tokens(_read(Path(text_file)), unit, text_file)
+    tokens, tokenizer = _tokens(read_one_file(Path(text_file)), unit, text_file)
     cuts = np.round(np.cumsum(shares)[:-1] * len(tokens)).astype(int)
     splits = dict(zip(("train", "validation", "test"), np.split(tokens, cuts), strict=False))
     for name, part in splits.items():
@@ -77,14 +81,29 @@ def write_characters(
     )
 
 
-def _read(path: Path) -> bytes:
-    if path.suffix != ".zip":
-        return path.read_bytes()
-    with zipfile.ZipFile(path) as archive:
-        files = [info for info in archive.infolist() if not info.is_dir()]
-        if len(files) != 1:
-            raise ValueError(f"{path} must hold one file, got {len(files)}.")
-        return archive.read(files[0])
+def read_one_file(path: Path) -> bytes:
+    """The content of a file, or of the one in a ``.zip``; ``.gz``, ``.xz`` and ``.zst`` unpacked.
+
+    Raises:
+        ValueError: The archive is damaged, or a ``.zip`` holds more or less than one file.
+        FileNotFoundError: There is no such file.
+    """
+    try:
+        if path.suffix.lower() != ".zip":
+            with open(path, "rb") as raw, open_decompressed(raw) as content:
+                return content.read()
+        with zipfile.ZipFile(path) as archive:
+            files = [info for info in archive.infolist() if not info.is_dir()]
+            if len(files) == 1:
+                return archive.read(files[0])
+    except _DAMAGE as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk, not the data
+        raise ValueError(
+            f"{path} must be a readable {path.suffix} archive, but {error}; fetch it again or "
+            "unpack it."
+        ) from error
+    raise ValueError(f"{path} must hold one file, got {len(files)}; unpack it and take one.")
 
 
 def _tokens(
