@@ -24,6 +24,10 @@ from composer_gpt2.algorithms import (
 from composer_gpt2.build import build_dataloader
 from composer_gpt2.cli import app
 from composer_gpt2.export import LogitsDifferError, NotExportableError, export_model, remote_code
+from composer_gpt2.export.remote.modeling_composer_gpt2 import (
+    ComposerGPT2Config,
+    ComposerGPT2LMHeadModel,
+)
 from composer_gpt2.export.source import load_source
 from composer_gpt2.model import GPT2Model
 from composer_gpt2.recipe import load_recipe
@@ -203,6 +207,47 @@ print("well")
         timeout=120,
     )
     assert finished.stdout.strip().endswith("well"), finished.stderr
+
+
+def test_accumulated_gradients_are_those_of_one_batch(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(100, (4, 8), generator=generator)
+    texts = [{"input_ids": text, "labels": text} for text in tokens]
+    after = []
+    for n_accumulated in (1, 4):
+        torch.manual_seed(0)
+        model = ComposerGPT2LMHeadModel(
+            ComposerGPT2Config(
+                vocab_size=100,
+                n_positions=8,
+                n_embd=16,
+                n_layer=1,
+                n_head=2,
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
+            )
+        )
+        Trainer(
+            model,
+            TrainingArguments(
+                str(tmp_path / "out"),
+                per_device_train_batch_size=4 // n_accumulated,
+                gradient_accumulation_steps=n_accumulated,
+                max_steps=1,
+                optim="sgd",
+                learning_rate=0.1,
+                max_grad_norm=0.0,
+                save_strategy="no",
+                report_to=[],
+                use_cpu=True,
+            ),
+            train_dataset=texts,  # type: ignore[arg-type]
+        ).train()
+        after.append(model.transformer.ln_f.bias.detach())
+    torch.testing.assert_close(*after)
 
 
 def test_a_model_that_computes_something_else_leaves_nothing(changed, tmp_path, monkeypatch):

@@ -195,6 +195,9 @@ class ComposerGPT2LMHeadModel(PreTrainedModel, GenerationMixin):
     _no_split_modules = ["Block"]  # noqa: RUF012 (transformers' own)
     _supports_sdpa = True
     _supports_cache_class = True
+    # transformers' Trainer would take **_ in forward for a loss that counts the tokens of all
+    # accumulated batches (num_items_in_batch), and no longer divide by their number itself.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: ComposerGPT2Config) -> None:
         super().__init__(config)
