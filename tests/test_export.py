@@ -279,6 +279,24 @@ def test_code_that_computes_something_else_leaves_nothing(changed, tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("code", "problem"),
+    [
+        ("import sys; sys.exit(3)", "got exit status 3;"),
+        ("import os; os.kill(os.getpid(), 9)", "got a process that SIGKILL ended;"),
+        ("raise ValueError('no')", r"got ValueError: no \(exit status 1\);"),
+    ],
+)
+def test_a_check_that_dies_says_how(code, problem, tmp_path, monkeypatch):
+    from composer_gpt2.export import checking
+
+    (tmp_path / "modeling_composer_gpt2.py").touch()
+    (tmp_path / "dies.py").write_text(code)
+    monkeypatch.setattr(checking.isolated, "__file__", str(tmp_path / "dies.py"))
+    with pytest.raises(LogitsDifferError, match=problem):
+        checking.check_logits(tmp_path, tmp_path / "probes", 1.0)
+
+
 def test_an_existing_folder_is_refused_or_replaced(tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     GPT2Model.from_name("gpt2-tiny", n_embd=32).model.save_pretrained(source)

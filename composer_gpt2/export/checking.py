@@ -5,8 +5,10 @@ Shapes: ``B`` batch, ``T`` tokens, ``V`` vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -91,9 +93,18 @@ def _in_isolation(folder: Path, probes: Path) -> float:
     if result.returncode != 0:
         raise LogitsDifferError(
             "the exported model must load where this project is not installed, got "
-            f"{result.stderr.strip().splitlines()[-1]}; nothing has been written."
+            f"{_how_it_ended(result)}; nothing has been written."
         )
     return json.loads(result.stdout.splitlines()[-1])["difference"]
+
+
+def _how_it_ended(result: subprocess.CompletedProcess[str]) -> str:
+    status = f"exit status {result.returncode}"
+    if result.returncode < 0:
+        with contextlib.suppress(ValueError):  # a signal without a name
+            status = f"a process that {signal.Signals(-result.returncode).name} ended"
+    lines = result.stderr.strip().splitlines()  # none, if the system ended it (out of memory)
+    return f"{lines[-1]} ({status})" if lines else status
 
 
 def _or_say(compare: Callable[[], float]) -> float:
