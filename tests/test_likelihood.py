@@ -121,6 +121,20 @@ def test_bfloat16_is_near():
     assert 0 < max(errors) < 0.3  # a token; predictions are sharp, and bfloat16 has eight bits
 
 
+def test_of_equal_logits_the_first_is_the_likeliest():
+    """As argmax has it. bfloat16 makes logits equal; here two tokens have the same embedding."""
+    model = build_model()
+    embedding = model.model.transformer.wte.weight
+    with torch.no_grad():
+        embedding[7:9] = 9 * embedding[7]  # one of them or both are the likeliest somewhere
+    requests = [Request([token], [twin]) for token in range(N_TOKENS) for twin in (7, 8)]
+    model.cpu_precision = "amp_bf16"
+    found = Scorer(model, progress=False).log_likelihoods(requests)
+    firsts, seconds = found[::2], found[1::2]
+    assert any(first.is_greedy for first in firsts)
+    assert not any(second.is_greedy for second in seconds)
+
+
 def test_alibi_reads_beyond_the_length_it_was_made_for():
     model = build_model(apply_alibi)
     generator = random.Random(2)

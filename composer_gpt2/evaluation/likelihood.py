@@ -286,6 +286,9 @@ def _log_probabilities(
         places: Of the state that predicts each target, shape ``(M,)``.
         targets: Tokens, shape ``(M,)``.
     """
+    # In bfloat16 several logits can be the highest; then the first of them counts, as in argmax.
+    is_rounded = states.dtype != torch.float32 or torch.is_autocast_enabled(states.device.type)
+    likeliest = torch.zeros(len(states), dtype=torch.long, device=states.device)
     highest = torch.full(states.shape[:1], -torch.inf, device=states.device)
     total = torch.zeros_like(highest)  # of exp(logit - highest)
     chosen = torch.zeros(len(targets), device=states.device)
@@ -295,10 +298,16 @@ def _log_probabilities(
         logits = F.linear(states, head.weight[part], bias).float()  # (N, part of V)
         here = (targets >= start) & (targets < part.stop)
         chosen[here] = logits[places[here], targets[here] - start]
-        before, highest = highest, torch.maximum(highest, logits.amax(dim=1))
+        if is_rounded:
+            best, where = logits.max(dim=1)
+            likeliest = torch.where(best > highest, where + start, likeliest)
+        else:  # an eighth of the time, and no two are equal
+            best = logits.amax(dim=1)
+        before, highest = highest, torch.maximum(highest, best)
         total *= (before - highest).exp_()
         total += logits.sub_(highest[:, None]).exp_().sum(dim=1)
-    return chosen - (highest + total.log())[places], chosen == highest[places]
+    is_likeliest = likeliest[places] == targets if is_rounded else chosen == highest[places]
+    return chosen - (highest + total.log())[places], is_likeliest
 
 
 class _Prefixes:
