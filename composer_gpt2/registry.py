@@ -267,9 +267,15 @@ _BUILT_IN: dict[Kind, tuple[Entry, ...]] = {
             "callbacks",
             "evaluate_tasks",
             "composer_gpt2.evaluation.callback:EvaluateTasks",
-            limits=dict.fromkeys(
-                ("limit", "max_tokens", "context_length", "stride", "batch_tokens"), POSITIVE
-            ),
+            limits={
+                "interval": time("ba", "ep", "tok", "sp", "dur"),
+                "limit": POSITIVE,
+                "max_tokens": POSITIVE,
+                "context_length": POSITIVE,
+                "stride": POSITIVE,
+                "batch_tokens": POSITIVE,
+                "num_fewshot": NOT_NEGATIVE,
+            },
         ),
     ),
     "loggers": (

@@ -89,8 +89,9 @@ class EvaluateTasks(Callback):
         self.stride = stride
         self.batch_tokens = batch_tokens
         self._is_due = create_interval_scheduler(
-            interval, checkpoint_events=False, final_events={Event.BATCH_END}
+            interval, checkpoint_events=False, final_events={Event.BATCH_END, Event.EPOCH_END}
         )
+        self._measured_at = -1  # batch
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Refuses what could not be measured when the time comes.
@@ -107,8 +108,16 @@ class EvaluateTasks(Callback):
             )
 
     def batch_end(self, state: State, logger: Logger) -> None:  # noqa: D102 (Composer's event)
-        if not self._is_due(state, Event.BATCH_END):
+        self._measure_if_due(state, logger, Event.BATCH_END)
+
+    def epoch_end(self, state: State, logger: Logger) -> None:  # noqa: D102
+        self._measure_if_due(state, logger, Event.EPOCH_END)
+
+    def _measure_if_due(self, state: State, logger: Logger, event: Event) -> None:
+        batch = state.timestamp.batch.value
+        if batch == self._measured_at or not self._is_due(state, event):
             return
+        self._measured_at = batch
         began = time.monotonic()
         with _random_numbers_kept():
             found = evaluate(self._scorer(state), self.evaluations, stride=self.stride)
@@ -121,7 +130,7 @@ class EvaluateTasks(Callback):
                 callback.total_eval_wct += seconds
         if dist.get_global_rank() == 0:
             values = [f"{each.task} {each.metric} {each.value:.4f}" for each in found]
-            at = f"tasks at batch {state.timestamp.batch.value}"
+            at = f"tasks at batch {batch}"
             tqdm.write(" | ".join([at, *values, f"{seconds:.1f} s"]), file=sys.stderr)
 
     def _scorer(self, state: State) -> Scorer:
