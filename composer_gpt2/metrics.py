@@ -17,9 +17,14 @@ from torchmetrics import Metric
 
 from composer_gpt2.tokenizer import token_byte_lengths
 
-__all__ = ["BitsPerByte", "LanguageCrossEntropy", "LanguagePerplexity"]
+__all__ = ["BitsPerByte", "LanguageCrossEntropy", "LanguagePerplexity", "perplexity_of"]
 
 IGNORE_INDEX = -100  # labels with this value are no targets, as in torch.nn.CrossEntropyLoss
+
+
+def perplexity_of(nats: float) -> float:
+    """The perplexity of a cross entropy in nats; infinite where a float cannot hold it."""
+    return math.exp(nats) if nats < 700 else math.inf
 
 
 class LanguageCrossEntropy(Metric):

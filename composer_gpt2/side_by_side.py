@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from composer_gpt2.data.download import read_bytes
 from composer_gpt2.data.streaming import StreamingTokens, build_token_dataloader
-from composer_gpt2.metrics import IGNORE_INDEX
+from composer_gpt2.metrics import IGNORE_INDEX, perplexity_of
 from composer_gpt2.model import GPT2Model
 from composer_gpt2.tokenizer import token_byte_lengths
 from composer_gpt2.tokenizer_by_name import describe_tokenizer
@@ -153,7 +153,7 @@ def _measure(
             Compared(
                 name=name,
                 loss=loss,
-                perplexity=math.exp(loss),
+                perplexity=perplexity_of(loss),
                 bits_per_byte=sum(own) / (n_bytes * math.log(2)) if n_bytes else None,
                 difference=loss - first,
                 standard_error=error,

@@ -299,6 +299,8 @@ def test_metrics_are_counted_as_the_harness_counts(tmp_path):
     assert found["acc"].stderr == pytest.approx(math.sqrt(2 / 9 * 3 / 2 / 3))
 
     words = load_task("lambada", write_lines(tmp_path / "l.jsonl", LAYOUTS["lambada"][0]))
+    diverged = words.measure(words.requests(LETTERS), [Likelihood(-800.0, False)] * 2)
+    assert diverged["perplexity"].value == math.inf
     likelihoods = [Likelihood(-1.0, True), Likelihood(-3.0, False)]
     found = words.measure(words.requests(LETTERS), likelihoods)
     assert (found["acc"].value, found["perplexity"].value) == (0.5, pytest.approx(math.exp(2)))
@@ -425,7 +427,7 @@ def test_contexts_beyond_the_positions_are_refused(model, files):
 # --- During training -----------------------------------------------------------------------------
 
 
-def train(callbacks, n_batches=4):
+def train(callbacks, max_duration="4ba"):
     torch.manual_seed(5)
     model = GPT2Model.from_name("gpt2-tiny", n_embd=32, n_positions=CONTEXT, dropout=0.1)
     tokens = torch.randint(0, 50257, (8, 16), generator=torch.Generator().manual_seed(3))
@@ -438,7 +440,7 @@ def train(callbacks, n_batches=4):
         model=model,
         train_dataloader=DataLoader(tokens, batch_size=2, collate_fn=collate),  # type: ignore
         optimizers=torch.optim.AdamW(model.parameters(), lr=1e-2),
-        max_duration=f"{n_batches}ba",
+        max_duration=max_duration,
         callbacks=callbacks,
         loggers=[log],
         device="cpu",
@@ -470,6 +472,19 @@ def test_training_logs_a_curve_and_is_not_changed(files, capsys):
         next(each.value for each in last if each.log_name == "metrics/times/loss"), rel=1e-5
     )
     assert "tasks at batch 2 | hellaswag acc" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("interval", "batches"), [("1ep", [4, 8]), ("0.5dur", [4, 8])])
+def test_intervals_of_epochs_and_the_end_of_training(interval, batches, files):
+    callback = EvaluateTasks(data={"hellaswag": files["hellaswag"]}, interval=interval, limit=2)
+    _, log = train([callback], max_duration="2ep")
+    assert [int(time.batch) for time, _ in log.data["metrics/hellaswag/acc"]] == batches
+
+
+@pytest.mark.parametrize("options", [{"num_fewshot": 5}, {"include_path": "somewhere"}])
+def test_what_is_for_the_harness_is_refused_without_it(options, files):
+    with pytest.raises(ValueError, match="is for tasks of the lm-evaluation-harness"):
+        EvaluateTasks(data={"hellaswag": files["hellaswag"]}, **options)
 
 
 def test_the_callback_refuses_a_text_longer_than_the_model_at_the_start(files):

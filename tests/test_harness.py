@@ -163,3 +163,9 @@ def test_tasks_of_other_people(ours, tmp_path, data):
     direct = evaluate(ours.scorer, find_evaluations([], {"piqa": data["piqa"]}, limit=4))
     for each in direct:
         assert found["piqa", each.metric].value == pytest.approx(each.value)
+        # The harness divides by n - 1, as we do.
+        assert found["piqa", each.metric].stderr == pytest.approx(each.stderr)
+    with pytest.raises(ValueError, match="only examples are those of the test"):
+        find_evaluations(
+            [], {"piqa": data["piqa"]}, harness=HarnessSettings(None, 3), ours_by_harness=True
+        )

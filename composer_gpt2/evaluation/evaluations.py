@@ -94,6 +94,20 @@ def find_evaluations(
             f"{missing[0]} must have its file, got none; say where it is ({missing[0]}=PATH)."
         )
     others = [name for name in names if name not in known]
+    if settings.num_fewshot and ours_by_harness:
+        raise ValueError(
+            f"num_fewshot must be 0 where the harness asks our tasks, got {settings.num_fewshot}: "
+            "their only examples are those of the test; leave it out."
+        )
+    for option, value in (
+        ("num_fewshot", settings.num_fewshot),
+        ("include_path", settings.include_path),
+    ):
+        if value is not None and not others:
+            raise ValueError(
+                f"{option} is for tasks of the lm-evaluation-harness, got {value} and only "
+                f"{', '.join(names)}, which have no use for it; leave it out."
+            )
     if (others or ours_by_harness) and not is_installed():
         asked = f"{others[0]} is none of ours{nearest(others[0], known)}; it" if others else "That"
         raise ValueError(

@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ __all__ = [
     "run_harness",
     "write_task_files",
 ]
+
+
+_BOOTSTRAP_ITERATIONS = 100  # for standard errors of what is no mean
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def harness_results(
             task_manager=_task_manager(names, [folder, settings.include_path]),
             num_fewshot=settings.num_fewshot,
             limit=settings.limit,
-            bootstrap_iters=0,
+            bootstrap_iters=_BOOTSTRAP_ITERATIONS,
             log_samples=samples,
         )
     assert results is not None  # on all ranks: each of them is rank 0 to the harness
@@ -214,13 +218,20 @@ def _check_installed() -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness and datasets say more than what matters."""
+    """The harness and datasets say more than what matters, and start no processes."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
+    # Its standard errors of perplexities would come from processes of their own, with our threads.
+    before = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"
     try:
         yield
     finally:
+        if before is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = before
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

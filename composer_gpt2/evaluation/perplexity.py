@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from composer_gpt2.evaluation.likelihood import Request, Scorer
 from composer_gpt2.evaluation.texts import TokenStream
+from composer_gpt2.metrics import perplexity_of
 
 __all__ = ["Perplexity", "measure_perplexity", "windows"]
 
@@ -39,13 +40,13 @@ class Perplexity:
         bits = self.nats / math.log(2)
         values = {
             "loss": self.nats / self.n_tokens,
-            "perplexity": _exp(self.nats / self.n_tokens),
+            "perplexity": perplexity_of(self.nats / self.n_tokens),
             "bits_per_byte": bits / self.n_bytes,
         }
         if self.n_characters:
             values["bits_per_character"] = bits / self.n_characters
         if self.n_words:
-            values["word_perplexity"] = _exp(self.nats / self.n_words)
+            values["word_perplexity"] = perplexity_of(self.nats / self.n_words)
         return values
 
 
@@ -128,7 +129,3 @@ _TOKENS_AT_ONCE = 2**22
 def _sum(counts: Sequence[int | None]) -> int | None:
     known = [count for count in counts if count is not None]
     return sum(known) if len(known) == len(counts) else None
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf

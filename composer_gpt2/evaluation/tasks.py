@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 from composer_gpt2.data.corpora import open_decompressed
 from composer_gpt2.evaluation.likelihood import Likelihood, Request
+from composer_gpt2.metrics import perplexity_of
 from composer_gpt2.text_codec import TextCodec
 
 __all__ = ["TASKS", "Example", "Metric", "Task", "encode_request", "load_task", "read_records"]
@@ -365,4 +366,4 @@ def _mean(values: Sequence[float]) -> Metric:
 
 def _perplexity(log_likelihoods: Sequence[float]) -> Metric:
     """Of an answer as a whole, as the harness has it."""
-    return Metric(math.exp(-sum(log_likelihoods) / len(log_likelihoods)), None)
+    return Metric(perplexity_of(-sum(log_likelihoods) / len(log_likelihoods)), None)
