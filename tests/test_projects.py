@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ from composer_gpt2.projects.dialogue import (
     write_dialogues,
 )
 from composer_gpt2.projects.exact_answers import check_answers
-from composer_gpt2.projects.program import run_project
+from composer_gpt2.projects.program import PROJECTS, run_project
 from composer_gpt2.projects.sorter import sorter_problems
 from composer_gpt2.tokenizer import get_encoding
 from composer_gpt2.trained_model import load_trained_model
@@ -188,6 +191,25 @@ def test_summaries_are_sentences():
 def test_wrong_projects_are_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         run_project(*arguments)
+
+
+def test_another_text_of_the_same_size_is_another_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = set()
+    for text in ("abc cab " * 400, "cab abc " * 400, "abc cab " * 400):
+        Path("text.txt").write_text(text)
+        assert run_project("characters", "text.txt", data_only=True) == 0
+        names.add(re.search(r"run_name=\S+", capsys.readouterr().out)[0])
+    assert len(names) == 2
+
+
+@pytest.mark.parametrize("name", ["adder", "sorter", "text8", "enwik8", "dialogue"])
+def test_a_sample_is_asked_for_with_tokens_of_the_project(name):
+    """What the command says at its end can be run."""
+    options = dict(zip(*[iter(shlex.split(PROJECTS[name].try_with))] * 2, strict=True))
+    assert set(options) <= {"-p", "-m", "--temperature"}
+    if name in ("adder", "sorter"):
+        assert set(options["-p"]) <= set("0123456789" if name == "adder" else "012")
 
 
 def test_a_project_from_data_to_test(tmp_path, monkeypatch, capfd):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shlex
@@ -43,8 +44,8 @@ class Project:
     """What is printed of the trained model."""
     unit: str | None = None
     """Of a token, where bits are counted in it."""
-    prompt: str | None = None
-    """What a sample is asked for with."""
+    try_with: str = ""
+    """Options of ``composer-gpt2 generate`` for a sample."""
 
 
 def _write_characters(recipe: Recipe, text: str | None) -> None:
@@ -77,12 +78,14 @@ PROJECTS = {
         "adder.yaml",
         lambda recipe, text: write_adder(_out(recipe)),
         check=check_adder,
+        try_with="-p 8550 -m 3 --temperature 0",
     ),
     "sorter": Project(
         "sorts six digits",
         "sorter.yaml",
         lambda recipe, text: write_sorter(_out(recipe)),
         check=check_sorter,
+        try_with="-p 201102 -m 6 --temperature 0",
     ),
     "characters": Project(
         "writes like a text, character by character",
@@ -91,7 +94,7 @@ PROJECTS = {
         needs_text=True,
         takes_text=True,
         unit="character",
-        prompt="\n",
+        try_with=r"-p '\n'",
     ),
     "text8": Project(
         "the benchmark of 100 million characters of Wikipedia",
@@ -100,7 +103,7 @@ PROJECTS = {
         needs_text=True,
         takes_text=True,
         unit="character",
-        prompt=" the ",
+        try_with="-p ' the '",
     ),
     "enwik8": Project(
         "the benchmark of 100 million bytes of Wikipedia",
@@ -109,14 +112,15 @@ PROJECTS = {
         needs_text=True,
         takes_text=True,
         unit="byte",
-        prompt="The ",
+        try_with="-p 'The '",
     ),
     "dialogue": Project(
         "answers questions in a chat format",
         "dialogue.yaml",
         _write_dialogues,
         takes_text=True,
-        prompt=format_prompt([{"role": "user", "content": "What does json.loads do?"}]),
+        try_with="-p "
+        + shlex.quote(format_prompt([{"role": "user", "content": "What does json.loads do?"}])),
     ),
 }
 """The projects by name."""
@@ -155,7 +159,9 @@ def run_project(
     project.write(recipe, text)
     recipe = load_recipe([file], overrides)  # which now knows the size of the vocabulary
     if recipe.run_name is None:
-        fingerprint = recipe_fingerprint(recipe.model_dump(mode="json"))
+        settings = recipe.model_dump(mode="json")
+        # Another text is another run, also where the recipe is the same.
+        fingerprint = recipe_fingerprint({**settings, "corpus": _digest(Path(_out(recipe)))})
         overrides = [f"run_name={name}-{fingerprint}", *overrides]
         recipe = load_recipe([file], overrides)
     command = shlex.join(["composer-gpt2", "train", "-f", file, *overrides])
@@ -193,8 +199,7 @@ def _report(project: Project, run_folder: Path) -> None:
     _say(f"Validation loss {loss:.4f} nats a token{bits}")
     if project.check is not None:
         _say(str(project.check(load_trained_model(str(run_folder)))))
-    prompt = "-p 8550 -m 3" if project.prompt is None else f"-p {shlex.quote(project.prompt)}"
-    _say(f"The run is in {run_folder}; try composer-gpt2 generate {run_folder} {prompt}")
+    _say(f"The run is in {run_folder}; try composer-gpt2 generate {run_folder} {project.try_with}")
 
 
 def _out(recipe: Recipe) -> str:
@@ -209,6 +214,14 @@ def _out(recipe: Recipe) -> str:
             f"data.remote of a project's recipe must be a folder to write to, got {remote}."
         )
     return remote
+
+
+def _digest(corpus: Path) -> str:
+    """SHA-256 of all that says what a corpus holds: the hashes of its shards, its tokenizer."""
+    digest = hashlib.sha256()
+    for path in sorted([*corpus.glob("*/index.json"), *corpus.glob("tokenizer/*.json")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _say(text: str) -> None:
