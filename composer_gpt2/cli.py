@@ -46,6 +46,9 @@ def main() -> None:
     """Runs a command; what the user can mend is one message without a traceback."""
     try:
         app()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
+        is_ours = type(error).__module__.startswith("composer_gpt2")  # CheckpointError, ShardError
+        if not is_ours and isinstance(error, RuntimeError):
+            raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2)

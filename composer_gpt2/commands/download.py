@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated, Optional
 
 import typer
@@ -33,14 +32,9 @@ def download_command(
     ] = False,
 ) -> None:
     """Download a published checkpoint; go on where an earlier attempt was interrupted."""
-    from composer_gpt2.checkpoints import CheckpointError
     from composer_gpt2.published import download_published
 
-    try:
-        downloaded = download_published(name, out, sha256=sha256, weights_only=weights_only)
-    except CheckpointError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        raise typer.Exit(1) from error
+    downloaded = download_published(name, out, sha256=sha256, weights_only=weights_only)
     print(f"{downloaded.use_as}: {downloaded.n_checked} files with the published SHA-256")
     if downloaded.unchecked:
         print(f"without a published SHA-256: {', '.join(downloaded.unchecked)}")
