@@ -552,7 +552,7 @@ def test_shards_of_other_tools_are_read_only_when_told_to(corpus):
 
 def test_shards_without_hashes_are_read_only_when_told_to(tmp_path):
     corpus = write_corpus(tmp_path / "corpus", hashes=None)
-    assert "pass check_hashes=False" in refused(corpus)
+    assert "StreamingTokens(check_hashes=False)" in refused(corpus)
     dataset = StreamingTokens(
         remote=str(corpus), sequence_length=T, batch_size=4, check_hashes=False
     )

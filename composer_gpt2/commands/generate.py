@@ -44,7 +44,9 @@ def generate_command(
             'object with "prompt"). May be repeated.'
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("-m", "--max-new-tokens")] = 100,
+    max_new_tokens: Annotated[
+        int, typer.Option("-m", "--max-new-tokens", help="Tokens of a text at most.")
+    ] = 100,
     n_samples: Annotated[
         int, typer.Option("-n", "--n-samples", help="How many texts for each prompt.")
     ] = 1,

@@ -37,7 +37,7 @@ def train_command(
 
 
 def quickstart_command(
-    recipe: Annotated[Path, typer.Option(help="What to train.")] = Path("yamls/quickstart.yaml"),
+    recipe: Annotated[Path, typer.Option(help="What to train.")] = Path("quickstart.yaml"),
     data: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(

@@ -154,7 +154,8 @@ class CorpusSource:
         if expected.hashes and not all(shard["raw_data"]["hashes"] for shard in self._shards):
             problems.append(
                 "every shard must have a hash in index.json, got shards without; write them with "
-                'hashes=["xxh64"], or pass check_hashes=False to train on unchecked data'
+                'hashes=["xxh64"], or train on unchecked data from Python, with '
+                "StreamingTokens(check_hashes=False)"
             )
         if expected.tokenizer is not None:
             problems += self._description_problems(expected, expected.tokenizer)
