@@ -163,5 +163,11 @@ def _peek(source: str, n_head: int) -> PretrainedConfig | None:
     content: Mapping[str, Any] = load_safely(path)
     if "state" not in content:
         return foreign_configuration(content, source=source, n_head=n_head)
-    saved = content["state"]["integrations"]["huggingface"]["model"]["config"]["content"]
+    try:
+        saved = content["state"]["integrations"]["huggingface"]["model"]["config"]["content"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"must be a checkpoint that a Trainer saved of a GPT2Model, got {source} without its "
+            f"configuration ({error!r})"
+        ) from error
     return GPT2Config.from_dict(saved)

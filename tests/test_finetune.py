@@ -140,6 +140,12 @@ def test_what_does_not_fit_is_said_with_the_recipe(load, weights, tmp_path):
             load(*overrides)
 
 
+def test_a_checkpoint_without_its_configuration_is_refused(load, tmp_path):
+    torch.save({"state": {"model": {}, "integrations": {}}}, tmp_path / "other.pt")
+    with pytest.raises(RecipeError, match=r"saved of a GPT2Model, got .*other\.pt without"):
+        load(f"model.pretrained={tmp_path / 'other.pt'}")
+
+
 def test_nanogpts_weights_are_finetuned(load, tmp_path):
     network = nanogpt(tmp_path / "ckpt.pt")
     shape = ["model.n_embd=48", "model.n_head=3", "model.n_positions=32", "data.sequence_length=32"]
