@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import random
 
 import numpy as np
@@ -23,6 +24,7 @@ from composer_gpt2.algorithms import (
 from composer_gpt2.contract import NoEffectError
 from composer_gpt2.generation import Sampling, TextGenerator, generate
 from composer_gpt2.generation.network import Batch
+from composer_gpt2.generation.prompts import read_prompts
 from composer_gpt2.generation.text_generator import DivergedModelError
 from composer_gpt2.model import GPT2Model
 from composer_gpt2.tokenizer import END_OF_TEXT, get_encoding
@@ -352,6 +354,13 @@ def test_prompts_come_from_files_and_standard_input(folder, tmp_path, capsys, mo
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(ValueError, match="at least one prompt, got none"):
         command(folder, "--prompt-file", tmp_path / "empty.jsonl")
+
+
+def test_lines_of_prompts_end_with_line_feeds_alone(tmp_path):
+    prompts = ["one\u2028two\x85three", "four"]
+    text = "\r\n".join(json.dumps(prompt, ensure_ascii=False) for prompt in prompts)
+    (tmp_path / "many.jsonl").write_bytes(text.encode())
+    assert read_prompts([], [str(tmp_path / "many.jsonl")]) == prompts
 
 
 def test_what_is_wrong_is_said_before_a_model_is_loaded():

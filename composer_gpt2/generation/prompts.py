@@ -39,7 +39,7 @@ def _without_line_break(text: str) -> str:
 
 def _of_lines(file: str, text: str) -> list[str]:
     prompts = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # U+2028 may stand in a string
         if not line.strip():
             continue
         try:
