@@ -127,6 +127,12 @@ def test_a_text_too_short_for_a_window_is_refused(tmp_path):
         write_characters(tmp_path / "text", tmp_path / "c")
 
 
+def test_a_damaged_archive_is_refused(tmp_path):
+    (tmp_path / "text.zip").write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(ValueError, match=r"must be a readable \.zip archive"):
+        write_characters(tmp_path / "text.zip", tmp_path / "c")
+
+
 def test_only_the_assistants_words_are_targets():
     tokens, targets = encode_dialogue(CHAT)
     encoding = get_encoding()
@@ -172,6 +178,11 @@ def test_a_line_that_is_no_dialogue_is_named(tmp_path):
     file.write_text('{"messages": [{"role": "robot", "content": "x"}]}\n')
     with pytest.raises(ValueError, match=r"line 1, must be .*role of system, user, assistant"):
         list(read_dialogues(file))
+    good = json.dumps({"messages": CHAT})
+    for bad in (["hi"], "hi", {"role": "user", "content": "x"}):
+        file.write_text(f"{good}\n{json.dumps({'messages': bad})}\n")
+        with pytest.raises(ValueError, match=r"line 2, must be .*a role of .* got '"):
+            list(read_dialogues(file))
 
 
 def test_summaries_are_sentences():

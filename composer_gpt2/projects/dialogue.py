@@ -151,10 +151,14 @@ def _check(messages: Sequence[Message]) -> None:
     if not messages:
         raise ValueError("a dialogue must have a message, got none.")
     for message in messages:
-        if message.get("role") not in _SPEAKERS or not isinstance(message.get("content"), str):
+        if (
+            not isinstance(message, Mapping)
+            or message.get("role") not in _SPEAKERS
+            or not isinstance(message.get("content"), str)
+        ):
             raise ValueError(
                 f"a message must have a role of {', '.join(_SPEAKERS)} and a text as content, got "
-                f"{dict(message)!r:.100}."
+                f"{message!r:.100}."
             )
 
 
