@@ -72,6 +72,11 @@ def test_a_missing_source_or_checkpoint_is_one_line(tmp_path):
     assert status == 2
     assert "none.pt" in errors
     assert "Traceback" not in errors
+    (tmp_path / "notes.pt").write_text("no checkpoint")
+    status, _, errors = run("generate", tmp_path / "notes.pt", "-p", "a")
+    assert status == 2
+    assert errors.startswith("CheckpointError: ")
+    assert "Traceback" not in errors
 
 
 def test_generate_without_a_checkpoint_says_so():
