@@ -61,7 +61,7 @@ lint: $(VENV)/.installed
 	$(BIN)/yamllint --strict yamls algorithms composer_gpt2
 
 test: lint
-	$(BIN)/pytest -n $(WORKERS) --dist loadgroup
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder  # short files last
 
 chaos: $(VENV)/.installed
 	CHAOS_KILLS=$(KILLS) CHAOS_SEED=$(SEED) $(BIN)/pytest tests/chaos -s

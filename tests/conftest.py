@@ -14,6 +14,10 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores, and so do the runs that they start; threads that wait for a core that
+    # another worker has would spin on their own.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 for _variable in ("S3_ENDPOINT_URL", "AWS_ENDPOINT_URL", "AWS_PROFILE"):
     os.environ.pop(_variable, None)  # a developer's own must never be reached from a test
 
