@@ -40,8 +40,9 @@ from composer_gpt2.contract import (
 )
 from composer_gpt2.importing import import_weights
 from composer_gpt2.metrics import BitsPerByte, LanguageCrossEntropy, LanguagePerplexity
-from composer_gpt2.tokenizer import END_OF_TEXT
+from composer_gpt2.tokenizer import END_OF_TEXT, VOCAB_SIZE
 from composer_gpt2.tokenizer_by_name import (
+    fetch_tokenizer,
     is_gpt2_tokenizer,
     load_tokenizer,
     read_tokenizer_folder,
@@ -178,13 +179,13 @@ class GPT2Model(HuggingFaceModel):
                 id such as ``openai-community/gpt2``, or a file of nanoGPT's or minGPT's
                 (:func:`composer_gpt2.importing.import_weights`). No code is run from any of them.
             tokenizer_name: As in the constructor; ``"saved"`` for the one saved beside the weights,
-                and GPT-2's where there is none.
+                and GPT-2's where there is none (on the hub: and the vocabulary is as large).
             cpu_precision: As in the constructor.
             n_head: Attention heads of a state dict of minGPT's, which does not say them.
 
         Raises:
             FileNotFoundError: It looks like a path and nothing is there.
-            ValueError: The file or folder holds no GPT-2.
+            ValueError: The file or folder holds no GPT-2, or its tokenizer cannot be read or told.
             CheckpointError: The file is no checkpoint, or would run code.
         """
         source = str(path_or_hub_id)
@@ -198,9 +199,12 @@ class GPT2Model(HuggingFaceModel):
             module, tokenizer = _load_file(Path(source), n_head)
         elif Path(source).is_dir():
             module = _load_hugging_face(source, local_files_only=True)
-            tokenizer = read_tokenizer_folder(Path(source))
+            if tokenizer_name == "saved":
+                tokenizer = read_tokenizer_folder(Path(source))
         elif is_hub_id(source):
             module = _load_hugging_face(source, local_files_only=False)
+            if tokenizer_name == "saved":
+                tokenizer = _fetch_tokenizer(source, module.config)
         else:
             raise FileNotFoundError(
                 "trained weights must be a Composer .pt file, a Hugging Face folder or a hub id "
@@ -359,6 +363,8 @@ def _without_extra_state(module: nn.Module, state: dict[str, Any], prefix: str, 
 # One or two words, as the hub has them; what looks like this and exists on disk is read from disk.
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(?<!\.pt)", re.ASCII)
 
+_MOST_PADDING = 1024  # rows with which a vocabulary of GPT-2's may be padded
+
 
 def _load_hugging_face(source: str, *, local_files_only: bool) -> GPT2LMHeadModel:
     try:
@@ -394,6 +400,17 @@ def _load_hugging_face(source: str, *, local_files_only: bool) -> GPT2LMHeadMode
     else:
         load_sharded_checkpoint(module, source)
     return module
+
+
+def _fetch_tokenizer(hub_id: str, config: PretrainedConfig) -> TokenizerFiles:
+    tokenizer = fetch_tokenizer(hub_id, getattr(config, "_commit_hash", None))
+    if not tokenizer and not VOCAB_SIZE <= config.vocab_size < VOCAB_SIZE + _MOST_PADDING:
+        raise ValueError(
+            f"{hub_id} must have a tokenizer (tokenizer.json, or vocab.json and merges.txt) or "
+            f"GPT-2's {VOCAB_SIZE} tokens, got no tokenizer and {config.vocab_size} tokens; pass "
+            "tokenizer_name, a folder or None."
+        )
+    return tokenizer
 
 
 def _load_file(path: Path, n_head: int | None) -> tuple[GPT2LMHeadModel, TokenizerFiles]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ __all__ = [
     "TokenizerFiles",
     "describe_loaded_tokenizer",
     "describe_tokenizer",
+    "fetch_tokenizer",
     "is_gpt2_tokenizer",
     "load_tokenizer",
     "read_tokenizer_folder",
@@ -33,6 +35,7 @@ TokenizerFiles = Mapping[str, Mapping[str, Any]]
 """A saved tokenizer as Composer keeps it in checkpoints: name of each file to its ``content``."""
 
 _FILES = ("tokenizer.json", "tokenizer_config.json")  # all that a fast tokenizer needs
+_SLOW_FILES = ("vocab.json", "merges.txt")  # what older versions of transformers saved of GPT-2's
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
@@ -82,21 +85,83 @@ def describe_loaded_tokenizer(tokenizer: Any) -> dict[str, Any]:
 
 
 def is_gpt2_tokenizer(files: TokenizerFiles) -> bool:
-    """Whether it has GPT-2's tokens, by whatever name it was saved."""
-    ours = json.loads(get_tokenizer().backend_tokenizer.to_str())["model"]
-    theirs = _content(files, "tokenizer.json").get("model", {})
-    return theirs.get("vocab") == ours["vocab"]
+    """Whether it has GPT-2's tokens and no others, by whatever name it was saved."""
+    ours = json.loads(get_tokenizer().backend_tokenizer.to_str())
+    theirs = _content(files, "tokenizer.json")
+    later = _content(files, "tokenizer_config.json").get("added_tokens_decoder", {})
+    added = {token["content"] for token in (*theirs.get("added_tokens", ()), *later.values())}
+    return theirs.get("model", {}).get("vocab") == ours["model"]["vocab"] and added <= {
+        token["content"] for token in ours["added_tokens"]
+    }
 
 
 def read_tokenizer_folder(folder: Path) -> TokenizerFiles:
-    """The files of a tokenizer that Hugging Face saved; none if it has no fast one."""
-    if not (folder / "tokenizer.json").is_file():
+    """The files of a tokenizer that Hugging Face saved; none if there is none.
+
+    ``vocab.json`` and ``merges.txt`` without ``tokenizer.json`` are read as GPT-2's kind.
+
+    Raises:
+        ValueError: One of these two is missing, or they hold no such tokenizer.
+    """
+    if (folder / "tokenizer.json").is_file():
+        return {
+            name: {"content": json.loads((folder / name).read_text(encoding="utf-8"))}
+            for name in _FILES
+            if (folder / name).is_file()
+        }
+    found = [name for name in _SLOW_FILES if (folder / name).is_file()]
+    if not found:
         return {}
-    return {
-        name: {"content": json.loads((folder / name).read_text(encoding="utf-8"))}
-        for name in _FILES
-        if (folder / name).is_file()
-    }
+    from transformers import GPT2TokenizerFast
+
+    try:
+        if len(found) < len(_SLOW_FILES):
+            raise ValueError(f"only {found[0]}")
+        tokenizer = GPT2TokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers package raises no narrower one
+        raise ValueError(
+            "a tokenizer must be tokenizer.json, or vocab.json and merges.txt of GPT-2's kind, got "
+            f"{error} in {folder}; save it again, or pass tokenizer_name."
+        ) from error
+    with tempfile.TemporaryDirectory() as converted:
+        tokenizer.save_pretrained(converted)
+        return read_tokenizer_folder(Path(converted))
+
+
+def fetch_tokenizer(hub_id: str, revision: str | None = None) -> TokenizerFiles:
+    """The same of a model on the Hugging Face hub, or in its cache; none if it has none.
+
+    Args:
+        hub_id: Of the model.
+        revision: The commit of its weights. Default: the newest.
+
+    Raises:
+        FileNotFoundError: The hub cannot be asked, and the cache does not tell.
+        ValueError: As for :func:`read_tokenizer_folder`.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    unreachable: LocalEntryNotFoundError | None = None
+    with tempfile.TemporaryDirectory() as folder:
+        for name in (*_FILES, *_SLOW_FILES, "special_tokens_map.json", "added_tokens.json"):
+            path = try_to_load_from_cache(hub_id, name, revision=revision)
+            if path is None and unreachable is None:
+                try:
+                    path = hf_hub_download(hub_id, name, revision=revision)
+                except LocalEntryNotFoundError as error:
+                    unreachable = error
+                except EntryNotFoundError:
+                    pass
+            if isinstance(path, str):  # and not the mark of a file that is known to be missing
+                shutil.copy(path, folder)
+        files = read_tokenizer_folder(Path(folder))
+    if not files and unreachable is not None:
+        raise FileNotFoundError(
+            f"the tokenizer of {hub_id} must be on the hub or in its cache, got an unreachable hub "
+            "and none in the cache; load the model once with a connection, or pass tokenizer_name."
+        ) from unreachable
+    return files
 
 
 @contextlib.contextmanager
