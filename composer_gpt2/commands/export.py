@@ -40,7 +40,7 @@ def export_command(
         bool, typer.Option("--public", help="For everybody to see; private otherwise.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a folder that is there.")
+        bool, typer.Option("--overwrite", help="Replace an earlier export that is there.")
     ] = False,
 ) -> None:
     """Write a trained model as a Hugging Face folder that needs nothing of this package."""
