@@ -47,7 +47,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(settings.threads)},
+            env=_environment(settings.threads),
         )
         job = {
             "settings": dataclasses.asdict(settings),
@@ -104,6 +104,13 @@ class Worker:
         self._process.wait()
         self._process.stdout.close()
         self._log.close()
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """Ours without what says that a process is a rank: Hugging Face's Trainer would believe it."""
+    of_ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK")
+    kept = {name: value for name, value in os.environ.items() if name not in of_ranks}
+    return {**kept, "OMP_NUM_THREADS": str(threads)}
 
 
 def main() -> None:
