@@ -301,7 +301,7 @@ def _log_probabilities(
         if is_rounded:
             best, where = logits.max(dim=1)
             likeliest = torch.where(best > highest, where + start, likeliest)
-        else:  # an eighth of the time, and no two are equal
+        else:  # faster, and no two are equal
             best = logits.amax(dim=1)
         before, highest = highest, torch.maximum(highest, best)
         total *= (before - highest).exp_()
