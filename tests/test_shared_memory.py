@@ -77,6 +77,29 @@ def test_a_killed_run_is_cleaned_up_by_the_next_and_a_living_one_goes_on(corpus,
         killed.kill()
 
 
+# As when its answer from the store broke off and was asked for again, and the other rank's was not.
+SLOW_FIRST_RANK = """
+import os, time
+from composer_gpt2.data import shared_state
+if os.environ["RANK"] == "0":
+    remove = shared_state._remove_leftovers
+    shared_state._remove_leftovers = lambda: (time.sleep(3), remove())
+"""
+
+
+def test_a_killed_run_goes_on_in_its_cache_also_if_the_first_rank_is_slow(corpus, tmp_path):
+    jobs = jobs_for(2, tmp_path, remote=str(corpus))
+    killed = Readers(2, jobs, wait_for=str(tmp_path / "never"))
+    try:
+        killed.wait_until_started()
+    finally:
+        killed.kill()
+    assert files_of(tmp_path)  # nobody has cleaned up
+    for code, results, err in Readers(2, jobs, before=SLOW_FIRST_RANK).finish():
+        assert (code, [error for _, error, _ in results]) == (0, [None]), err
+    assert files_of(tmp_path) == {}
+
+
 def test_datasets_of_other_programs_are_left_alone(corpus, tmp_path):
     # streaming's own, which holds no lock by which it could be seen to live.
     stock = StreamingDataset(

@@ -119,9 +119,11 @@ def _take_number(
     leader's if a dataset of another run is made or ends in between.
     """
     _check_self(streams_local)
+    is_distributed = dist.is_available() and dist.is_initialized()
+    if is_distributed:
+        dist.barrier()  # the first rank has removed what a killed run left in this cache
     # For its errors also where the number is not used: all ranks shall raise them.
     number = _find_number(streams_local, streams_remote, retry)
-    is_distributed = dist.is_available() and dist.is_initialized()
     if is_distributed:
         dist.barrier()  # all have looked
     segment = None
