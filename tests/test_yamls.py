@@ -263,7 +263,8 @@ def test_finetuning_begins_with_openais_weights_at_nanogpts_rate(monkeypatch):
 
 def test_every_recipe_is_looked_at():
     small = {"gpt2-tiny", "quickstart", "smoke", "finetune"}
-    projects = {"adder", "sorter", "characters", "characters-cpu", "text8", "enwik8", "dialogue"}
+    characters = {"characters", "characters-cpu", "characters-fast"}
+    projects = {"adder", "sorter", *characters, "text8", "enwik8", "dialogue"}
     speedups = {f"{name}-speedup" for name in SPEEDUPS}
     fast = {f"{name}-{kind}" for name in FAST for kind in ("fast", "fast-gpu")}
     stars = {*GPT_STAR, "gptstar-127m-mixture"}
