@@ -29,6 +29,7 @@ from composer_gpt2.evaluation.tasks import encode_request, load_task
 from composer_gpt2.evaluation.texts import TokenStream, detokenize_wikitext, open_text
 from composer_gpt2.model import GPT2Model
 from composer_gpt2.progress import ProgressLines
+from composer_gpt2.small_tokenizers import character_tokenizer
 from composer_gpt2.text_codec import TextCodec, text_codec
 from composer_gpt2.tokenizer import END_OF_TEXT, get_encoding
 
@@ -116,8 +117,6 @@ def test_a_prepared_corpus_is_read_in_order(model, tiny_corpus):
 
 
 def test_tokens_of_another_tokenizer_are_refused(tiny_corpus, tmp_path):
-    from composer_gpt2.small_tokenizers import character_tokenizer
-
     torch.manual_seed(1)
     folder = str(tmp_path / "tokenizer")
     character_tokenizer("abc ").save_pretrained(folder)
@@ -427,9 +426,11 @@ def test_contexts_beyond_the_positions_are_refused(model, files):
 # --- During training -----------------------------------------------------------------------------
 
 
-def train(callbacks, max_duration="4ba"):
+def train(callbacks, max_duration="4ba", tokenizer_name="gpt2"):
     torch.manual_seed(5)
-    model = GPT2Model.from_name("gpt2-tiny", n_embd=32, n_positions=CONTEXT, dropout=0.1)
+    model = GPT2Model.from_name(
+        "gpt2-tiny", n_embd=32, n_positions=CONTEXT, dropout=0.1, tokenizer_name=tokenizer_name
+    )
     tokens = torch.randint(0, 50257, (8, 16), generator=torch.Generator().manual_seed(3))
 
     def collate(rows):
@@ -491,6 +492,14 @@ def test_the_callback_refuses_a_text_longer_than_the_model_at_the_start(files):
     callback = EvaluateTasks(data={"times": files["times"]}, context_length=CONTEXT + 1)
     with pytest.raises(ValueError, match="learned positions"):
         train([callback])
+
+
+def test_the_callback_refuses_at_the_start_what_the_tokenizer_cannot_spell(files, tmp_path, capsys):
+    character_tokenizer("abc").save_pretrained(tmp_path)
+    callback = EvaluateTasks(data={"lambada": files["lambada"]}, interval="1ep")
+    with pytest.raises(ValueError, match="of the 3 characters that the model knows"):
+        train([ProgressLines("1ba"), callback], tokenizer_name=str(tmp_path))
+    assert "batch 1 " not in capsys.readouterr().err
 
 
 def test_two_ranks_share_the_work_and_log_the_same(files, tmp_path):

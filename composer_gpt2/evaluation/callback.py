@@ -17,7 +17,11 @@ from composer.utils import create_interval_scheduler, dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from composer_gpt2.evaluation.evaluations import evaluate, find_evaluations
+from composer_gpt2.evaluation.evaluations import (
+    check_evaluations,
+    evaluate,
+    find_evaluations,
+)
 from composer_gpt2.evaluation.harness import HarnessSettings
 from composer_gpt2.evaluation.likelihood import Scorer
 from composer_gpt2.model import GPT2Model
@@ -98,14 +102,9 @@ class EvaluateTasks(Callback):
 
         Raises:
             ValueError: The model is no ``GPT2Model`` or is sharded, the precision has no autocast
-                type, or a length does not suit.
+                type, a length does not suit, or a task or text does not suit the tokenizer.
         """
-        scorer = self._scorer(state)
-        if self.stride is not None and not 1 <= self.stride <= scorer.context_length:
-            raise ValueError(
-                f"evaluate_tasks: stride must be from 1 to the context length "
-                f"({scorer.context_length}), got {self.stride}."
-            )
+        check_evaluations(self._scorer(state), self.evaluations, stride=self.stride)
 
     def batch_end(self, state: State, logger: Logger) -> None:  # noqa: D102 (Composer's event)
         self._measure_if_due(state, logger, Event.BATCH_END)

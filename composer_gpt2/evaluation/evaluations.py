@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from composer_gpt2.arguments import nearest
+from composer_gpt2.evaluation.batching import plan_batches
 from composer_gpt2.evaluation.harness import (
     HarnessSettings,
+    check_document_start,
     is_installed,
     known_tasks,
     run_harness,
@@ -18,10 +20,10 @@ from composer_gpt2.evaluation.perplexity import measure_perplexity
 from composer_gpt2.evaluation.tasks import TASKS, Task, load_task
 from composer_gpt2.evaluation.texts import TEXTS, Text, open_text
 from composer_gpt2.model import GPT2Model
-from composer_gpt2.text_codec import text_codec
+from composer_gpt2.text_codec import TextCodec, text_codec
 from composer_gpt2.tokenizer_by_name import describe_loaded_tokenizer, describe_tokenizer
 
-__all__ = ["Evaluations", "evaluate", "find_evaluations"]
+__all__ = ["Evaluations", "check_evaluations", "evaluate", "find_evaluations"]
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,33 @@ def find_evaluations(
     )
 
 
+def check_evaluations(
+    scorer: Scorer, evaluations: Evaluations, *, stride: int | None = None
+) -> None:
+    """Reads and encodes all that will be measured, to find now what would fail later.
+
+    The harness's own tasks are not read.
+
+    Args:
+        scorer: The model.
+        evaluations: What will be measured.
+        stride: As for :func:`evaluate`.
+
+    Raises:
+        ValueError: What :func:`evaluate` would raise.
+    """
+    codec = _suitable_codec(scorer.model, evaluations)
+    _scorers_of_contexts(scorer, (), stride)
+    for task in evaluations.tasks:
+        plan_batches(
+            task.requests(codec),
+            context_length=scorer.context_length,
+            batch_tokens=scorer.batch_tokens,
+        )
+    for text in evaluations.texts:
+        text.read(codec, evaluations.max_tokens)
+
+
 def evaluate(
     scorer: Scorer,
     evaluations: Evaluations,
@@ -150,19 +179,11 @@ def evaluate(
 
     Raises:
         ValueError: A context beyond the model's positions, a stride beyond the smallest context, or
-            a text that does not suit the model's tokenizer.
+            a text or task that does not suit the model's tokenizer.
     """
     # All contexts before any work.
-    scorers = [replace(scorer, context_length=length) for length in contexts] or [scorer]
-    shortest = min(each.context_length for each in scorers)
-    if stride is not None and not 1 <= stride <= shortest:
-        raise ValueError(
-            f"stride must be from 1 to the shortest context ({shortest}), got {stride}; a longer "
-            "one would skip tokens."
-        )
-    codec = text_codec(scorer.model)
-    for text in evaluations.texts:
-        _check_tokenizer(text, scorer.model)
+    scorers = _scorers_of_contexts(scorer, contexts, stride)
+    codec = _suitable_codec(scorer.model, evaluations)
     found: list[Measurement] = []
     for task in () if evaluations.ours_by_harness else evaluations.tasks:
         requests = task.requests(codec)
@@ -196,6 +217,28 @@ def evaluate(
         for task, values in results.items():
             found += _of_harness(task, values, scorer.context_length)
     return found
+
+
+def _scorers_of_contexts(
+    scorer: Scorer, contexts: Sequence[int], stride: int | None
+) -> list[Scorer]:
+    scorers = [replace(scorer, context_length=length) for length in contexts] or [scorer]
+    shortest = min(each.context_length for each in scorers)
+    if stride is not None and not 1 <= stride <= shortest:
+        raise ValueError(
+            f"stride must be from 1 to the shortest context ({shortest}), got {stride}; a longer "
+            "one would skip tokens."
+        )
+    return scorers
+
+
+def _suitable_codec(model: GPT2Model, evaluations: Evaluations) -> TextCodec:
+    codec = text_codec(model)
+    if evaluations.harness_tasks or evaluations.ours_by_harness:
+        check_document_start(codec, model)
+    for text in evaluations.texts:
+        _check_tokenizer(text, model)
+    return codec
 
 
 def _check_tokenizer(text: Text, model: GPT2Model) -> None:

@@ -21,9 +21,12 @@ import yaml
 
 from composer_gpt2.evaluation.likelihood import Scorer
 from composer_gpt2.evaluation.tasks import Task
+from composer_gpt2.model import GPT2Model
+from composer_gpt2.text_codec import TextCodec
 
 __all__ = [
     "HarnessSettings",
+    "check_document_start",
     "harness_results",
     "is_installed",
     "known_tasks",
@@ -59,6 +62,24 @@ def known_tasks(names: Sequence[str], settings: HarnessSettings) -> set[str]:
         ImportError: The harness is not installed.
     """
     return set(_task_manager(names, [settings.include_path]).all_tasks)
+
+
+def check_document_start(codec: TextCodec, model: GPT2Model) -> None:
+    """Refuses what the harness could not ask.
+
+    Args:
+        codec: The model's.
+        model: For its name in the error.
+
+    Raises:
+        ValueError: There is no token that begins documents.
+    """
+    if codec.document_start is None:
+        raise ValueError(
+            "the harness needs a model whose tokenizer has a token that begins documents, got "
+            f"{model.tokenizer_name!r}, which has none; its tasks are in English for models of "
+            "English."
+        )
 
 
 def run_harness(

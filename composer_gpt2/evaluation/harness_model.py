@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 from typing_extensions import override
 
+from composer_gpt2.evaluation.harness import check_document_start
 from composer_gpt2.evaluation.likelihood import Request, Scorer
 from composer_gpt2.evaluation.perplexity import windows
 from composer_gpt2.text_codec import text_codec
@@ -44,12 +45,7 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self.scorer = scorer
         self.codec = text_codec(scorer.model)
-        if self.codec.document_start is None:
-            raise ValueError(
-                "the harness needs a model whose tokenizer has a token that begins documents, got "
-                f"{scorer.model.tokenizer_name!r}, which has none; its tasks are in English for "
-                "models of English."
-            )
+        check_document_start(self.codec, scorer.model)
         self._device = scorer.device
 
     @property
