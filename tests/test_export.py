@@ -23,7 +23,13 @@ from composer_gpt2.algorithms import (
 )
 from composer_gpt2.build import build_dataloader
 from composer_gpt2.cli import app
-from composer_gpt2.export import LogitsDifferError, NotExportableError, export_model, remote_code
+from composer_gpt2.export import (
+    LogitsDifferError,
+    NotExportableError,
+    checking,
+    export_model,
+    remote_code,
+)
 from composer_gpt2.export.remote.modeling_composer_gpt2 import (
     ComposerGPT2Config,
     ComposerGPT2LMHeadModel,
@@ -209,9 +215,11 @@ print("well")
     assert finished.stdout.strip().endswith("well"), finished.stderr
 
 
-def test_accumulated_gradients_are_those_of_one_batch(tmp_path):
+def test_accumulated_gradients_are_those_of_one_batch(tmp_path, monkeypatch):
     from transformers import Trainer, TrainingArguments
 
+    # A Composer Trainer of another test has left it, and this one would believe that it is a rank.
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(100, (4, 8), generator=generator)
     texts = [{"input_ids": text, "labels": text} for text in tokens]
@@ -288,13 +296,26 @@ def test_code_that_computes_something_else_leaves_nothing(changed, tmp_path, mon
     ],
 )
 def test_a_check_that_dies_says_how(code, problem, tmp_path, monkeypatch):
-    from composer_gpt2.export import checking
-
     (tmp_path / "modeling_composer_gpt2.py").touch()
     (tmp_path / "dies.py").write_text(code)
     monkeypatch.setattr(checking.isolated, "__file__", str(tmp_path / "dies.py"))
     with pytest.raises(LogitsDifferError, match=problem):
         checking.check_logits(tmp_path, tmp_path / "probes", 1.0)
+
+
+def test_the_check_finds_modules_where_we_found_them(changed, tmp_path, monkeypatch):
+    # As with `pip install --user` or PYTHONPATH, which an isolated process does not see.
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "only_there.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path / "elsewhere")
+    isolated = Path(checking.isolated.__file__).read_text()
+    imports = "    import torch\n"
+    assert imports in isolated
+    isolated = isolated.replace(imports, f"    import only_there\n{imports}")
+    (tmp_path / "check.py").write_text(isolated)
+    monkeypatch.setattr(checking.isolated, "__file__", str(tmp_path / "check.py"))
+    export_model(str(changed), tmp_path / "out")
+    assert (tmp_path / "out" / "modeling_composer_gpt2.py").exists()
 
 
 def test_an_existing_folder_is_refused_or_replaced(tmp_path):

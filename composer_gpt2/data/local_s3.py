@@ -42,9 +42,10 @@ def local_s3_server(port: int = 0) -> Iterator[LocalS3]:
         RuntimeError: The server did not start; its own error is on stderr.
     """
     # Run this file as a script and isolated (-I): the child needs moto only, neither the package
-    # nor Composer, and must not find our `streaming.py` where it looks for modules.
+    # nor Composer, and must not find our `streaming.py` where it looks for modules. moto may be
+    # where only we look: PYTHONPATH, the user's own site-packages.
     process = subprocess.Popen(
-        [sys.executable, "-I", os.path.abspath(__file__), str(port)],
+        [sys.executable, "-I", os.path.abspath(__file__), str(port), *filter(None, sys.path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -150,4 +151,5 @@ def _serve(port: int) -> None:
 
 
 if __name__ == "__main__":
+    sys.path.extend(sys.argv[2:])
     _serve(int(sys.argv[1]))

@@ -82,9 +82,11 @@ def check_logits(folder: Path, probes: Path, largest_logit: float) -> float:
 
 
 def _in_isolation(folder: Path, probes: Path) -> float:
+    # torch may be where only we look: PYTHONPATH, the user's own site-packages.
+    arguments = [isolated.__file__, str(folder), str(probes), *filter(None, sys.path)]
     with tempfile.TemporaryDirectory() as cache:
         result = subprocess.run(
-            [sys.executable, "-I", isolated.__file__, str(folder), str(probes)],
+            [sys.executable, "-I", *arguments],
             env={**os.environ, "HF_MODULES_CACHE": cache, "HF_HUB_OFFLINE": "1"},
             capture_output=True,
             text=True,

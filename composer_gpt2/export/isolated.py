@@ -1,7 +1,8 @@
 """Loads an exported folder as a stranger would, and compares its logits; imports nothing of ours.
 
-``python -I isolated.py FOLDER PROBES`` prints the largest difference as JSON. The packages that
-trained the model are not to be found in that process, even where they are installed.
+``python -I isolated.py FOLDER PROBES [PATH ...]`` prints the largest difference as JSON; modules
+are also looked for in the PATHs. The packages that trained the model are not to be found in that
+process, even where they are installed.
 """
 
 from __future__ import annotations
@@ -67,5 +68,6 @@ def largest_difference(folder: str | Path, probes: str | Path) -> float:
 
 
 if __name__ == "__main__":
+    sys.path.extend(sys.argv[3:])
     sys.meta_path.insert(0, Blocked())
     print(json.dumps({"difference": largest_difference(sys.argv[1], sys.argv[2])}))
