@@ -95,20 +95,21 @@ def is_gpt2_tokenizer(files: TokenizerFiles) -> bool:
     }
 
 
-def read_tokenizer_folder(folder: Path) -> TokenizerFiles:
+def read_tokenizer_folder(folder: Path, name: str | None = None) -> TokenizerFiles:
     """The files of a tokenizer that Hugging Face saved; none if there is none.
 
     ``vocab.json`` and ``merges.txt`` without ``tokenizer.json`` are read as GPT-2's kind.
 
+    Args:
+        folder: Where they are.
+        name: Of whose tokenizer they are, for errors. Default: the folder.
+
     Raises:
-        ValueError: One of these two is missing, or they hold no such tokenizer.
+        ValueError: A file is no JSON, one of these two is missing, or they hold no such tokenizer.
     """
     if (folder / "tokenizer.json").is_file():
-        return {
-            name: {"content": json.loads((folder / name).read_text(encoding="utf-8"))}
-            for name in _FILES
-            if (folder / name).is_file()
-        }
+        files = [folder / file for file in _FILES if (folder / file).is_file()]
+        return {file.name: {"content": _parse(file, name or str(folder))} for file in files}
     found = [name for name in _SLOW_FILES if (folder / name).is_file()]
     if not found:
         return {}
@@ -121,11 +122,21 @@ def read_tokenizer_folder(folder: Path) -> TokenizerFiles:
     except Exception as error:  # the tokenizers package raises no narrower one
         raise ValueError(
             "a tokenizer must be tokenizer.json, or vocab.json and merges.txt of GPT-2's kind, got "
-            f"{error} in {folder}; save it again, or pass tokenizer_name."
+            f"{error} in {name or folder}; save it again, or pass tokenizer_name."
         ) from error
     with tempfile.TemporaryDirectory() as converted:
         tokenizer.save_pretrained(converted)
         return read_tokenizer_folder(Path(converted))
+
+
+def _parse(file: Path, whose: str) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSON's and UTF-8's
+        raise ValueError(
+            f"{file.name} must be JSON, got {error} in {whose}; save the tokenizer again, or pass "
+            "tokenizer_name."
+        ) from error
 
 
 def fetch_tokenizer(hub_id: str, revision: str | None = None) -> TokenizerFiles:
@@ -155,7 +166,7 @@ def fetch_tokenizer(hub_id: str, revision: str | None = None) -> TokenizerFiles:
                     pass
             if isinstance(path, str):  # and not the mark of a file that is known to be missing
                 shutil.copy(path, folder)
-        files = read_tokenizer_folder(Path(folder))
+        files = read_tokenizer_folder(Path(folder), hub_id)
     if not files and unreachable is not None:
         raise FileNotFoundError(
             f"the tokenizer of {hub_id} must be on the hub or in its cache, got an unreachable hub "

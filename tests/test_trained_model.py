@@ -132,6 +132,9 @@ def test_the_tokenizer_is_asked_of_the_hub(hub, letters, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     model = GPT2Model.from_pretrained("owner/mine")
     assert model.tokenizer.get_vocab() == letters.get_vocab()
+    (tmp_path / "there" / "tokenizer.json").write_text("<html>")
+    with pytest.raises(ValueError, match=r"^tokenizer.json must be JSON, .* in owner/mine; save"):
+        GPT2Model.from_pretrained("owner/mine")
 
 
 def test_a_folder_with_the_files_of_a_slow_tokenizer(letters, tmp_path):
