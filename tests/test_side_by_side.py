@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 
+import numpy as np
 import pytest
 import torch
 from test_importing import nanogpt
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from composer_gpt2.algorithms import apply_pad_vocabulary
 from composer_gpt2.cli import app
+from composer_gpt2.data.array_corpus import write_array_corpus
 from composer_gpt2.data.streaming import StreamingTokens
 from composer_gpt2.model import GPT2Model
 from composer_gpt2.side_by_side import compare, format_comparison
@@ -33,7 +35,7 @@ def models(tmp_path_factory):
 
 
 def test_the_losses_are_those_of_the_models_own_forward_pass(models, tiny_corpus):
-    plain, padded = compare(models[:2], tiny_corpus, max_sequences=5, batch_sequences=2)
+    plain, padded = compare(models[:2], tiny_corpus, max_sequences=5, batch_tokens=128)
     dataset = StreamingTokens(
         remote=tiny_corpus, split="validation", sequence_length=64, batch_size=1
     )
@@ -49,6 +51,26 @@ def test_the_losses_are_those_of_the_models_own_forward_pass(models, tiny_corpus
     # Padding changes nothing.
     assert padded.difference == pytest.approx(0, abs=1e-5)
     assert padded.standard_error < 1e-5
+
+
+def test_only_targets_of_a_masked_corpus_count(models, tmp_path):
+    generator = np.random.default_rng(3)
+    tokens = generator.integers(0, 50257, (7, 24))
+    mask = generator.integers(0, 2, (7, 24))
+    mask[2] = 0  # nothing is asked of it
+    write_array_corpus(
+        tmp_path / "corpus",
+        {"validation": tokens},
+        loss_masks={"validation": mask},
+        source="random numbers",
+    )
+    plain, _ = compare(models[:2], str(tmp_path / "corpus"))
+    inputs, wanted = torch.from_numpy(tokens), torch.from_numpy(mask).bool()
+    with torch.no_grad():
+        model = GPT2Model.from_pretrained(models[0])
+        expected = model({"input_ids": inputs, "labels": inputs.masked_fill(~wanted, -100)})
+    assert plain.loss == pytest.approx(float(expected.loss), rel=1e-5)
+    assert plain.n_tokens == mask[:, 1:].sum()
 
 
 def test_all_read_the_same_tokens_in_the_shortest_context(models, tiny_corpus):

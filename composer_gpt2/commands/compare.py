@@ -23,12 +23,17 @@ def compare_command(
         Optional[int],  # noqa: UP045
         typer.Option(help="From its beginning. Default: all."),
     ] = None,
-    batch_sequences: Annotated[int, typer.Option(help="Sequences in a forward pass.")] = 4,
+    batch_tokens: Annotated[
+        int,
+        typer.Option(help="Tokens of a forward pass. Default: 512 on a CPU, 32,768 on a GPU."),
+    ] = 0,
 ) -> None:
     """Measure several models on the same validation tokens, side by side."""
+    from composer_gpt2.memory import keep_freed_memory
     from composer_gpt2.side_by_side import compare, format_comparison
 
+    keep_freed_memory()
     compared = compare(
-        models, data, split=split, max_sequences=max_sequences, batch_sequences=batch_sequences
+        models, data, split=split, max_sequences=max_sequences, batch_tokens=batch_tokens
     )
     print(format_comparison(compared))
