@@ -285,7 +285,7 @@ class Recipe(_Section):
         """A time in tokens; ``None`` where that takes the corpus (epochs) or a clock (seconds)."""
         value, unit = parse_duration(time)
         if unit == "dur":
-            total = None if self.max_duration.endswith("dur") else self.tokens(self.max_duration)
+            total = self.train_tokens
             return None if total is None else int(value * total)
         tokens_each = {
             "ba": self.tokens_per_batch,
