@@ -31,6 +31,10 @@ SETTINGS = {
         "algorithms.activation_checkpointing={every: 4}",
     ),
     "activation_checkpointing, all blocks": ("algorithms.activation_checkpointing={every: 1}",),
+    "the same, fused_cross_entropy with 128 rows": (
+        "algorithms.activation_checkpointing={every: 1}",
+        "algorithms.fused_cross_entropy={rows: 128}",
+    ),
 }
 
 
