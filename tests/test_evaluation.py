@@ -1,4 +1,4 @@
-"""Texts, tasks, the command and the callback, on models and examples that are made up here."""
+"""Texts, tasks and the command, on models and examples that are made up here."""
 
 from __future__ import annotations
 
@@ -6,29 +6,22 @@ import gzip
 import json
 import math
 import random
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from composer import Trainer
-from composer.loggers import InMemoryLogger
-from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
 from composer_gpt2.algorithms import apply_alibi
 from composer_gpt2.cli import app
-from composer_gpt2.evaluation.callback import EvaluateTasks
 from composer_gpt2.evaluation.evaluations import evaluate, find_evaluations
 from composer_gpt2.evaluation.likelihood import Likelihood, Scorer
 from composer_gpt2.evaluation.perplexity import measure_perplexity, windows
 from composer_gpt2.evaluation.tasks import encode_request, load_task
 from composer_gpt2.evaluation.texts import TokenStream, detokenize_wikitext, open_text
 from composer_gpt2.model import GPT2Model
-from composer_gpt2.progress import ProgressLines
 from composer_gpt2.small_tokenizers import character_tokenizer
 from composer_gpt2.text_codec import TextCodec, text_codec
 from composer_gpt2.tokenizer import END_OF_TEXT, get_encoding
@@ -352,9 +345,8 @@ def test_an_unknown_task_has_its_nearest_name(monkeypatch):
 # --- The command ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("examples")
+def write_examples(folder: Path) -> dict[str, str]:
+    """Files of all tasks and of a text, by name."""
     data = {
         name: write_lines(folder / f"{name}.jsonl", records * 4)
         for name, (records, _) in LAYOUTS.items()
@@ -362,6 +354,11 @@ def files(tmp_path_factory):
     text = folder / "text.txt"
     text.write_text("It was the best of times, it was the worst of times. " * 6)
     return {**data, "times": str(text)}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return write_examples(tmp_path_factory.mktemp("examples"))
 
 
 @pytest.fixture(scope="module")
@@ -421,97 +418,3 @@ def test_contexts_beyond_the_positions_are_refused(model, files):
     apply_alibi(longer)
     found = evaluate(Scorer(longer, progress=False), evaluations, contexts=[CONTEXT, 2 * CONTEXT])
     assert {each.context_length for each in found} == {CONTEXT, 2 * CONTEXT}
-
-
-# --- During training -----------------------------------------------------------------------------
-
-
-def train(callbacks, max_duration="4ba", tokenizer_name="gpt2"):
-    torch.manual_seed(5)
-    model = GPT2Model.from_name(
-        "gpt2-tiny", n_embd=32, n_positions=CONTEXT, dropout=0.1, tokenizer_name=tokenizer_name
-    )
-    tokens = torch.randint(0, 50257, (8, 16), generator=torch.Generator().manual_seed(3))
-
-    def collate(rows):
-        return {"input_ids": torch.stack(rows), "labels": torch.stack(rows)}
-
-    log = InMemoryLogger()
-    trainer = Trainer(
-        model=model,
-        train_dataloader=DataLoader(tokens, batch_size=2, collate_fn=collate),  # type: ignore
-        optimizers=torch.optim.AdamW(model.parameters(), lr=1e-2),
-        max_duration=max_duration,
-        callbacks=callbacks,
-        loggers=[log],
-        device="cpu",
-        precision="fp32",
-        progress_bar=False,
-        seed=3,
-    )
-    trainer.fit()
-    trainer.close()
-    return model, log
-
-
-def test_training_logs_a_curve_and_is_not_changed(files, capsys):
-    data = {name: files[name] for name in ("hellaswag", "times")}
-    callback = EvaluateTasks(data=data, interval="2ba", limit=3, batch_tokens=64, stride=8)
-    model, log = train([ProgressLines("1ba"), callback])
-    plain, _ = train([])
-    for name, parameter in plain.named_parameters():
-        assert torch.equal(parameter, model.get_parameter(name)), name
-    assert model.training == plain.training
-    curve = log.data["metrics/hellaswag/acc_norm"]
-    assert [int(time.batch) for time, _ in curve] == [2, 4]
-    losses = [value for _, value in log.data["metrics/times/loss"]]
-    assert len(losses) == 2
-    last = evaluate(
-        Scorer(model.eval(), progress=False), find_evaluations([], data, limit=3), stride=8
-    )
-    assert losses[-1] == pytest.approx(
-        next(each.value for each in last if each.log_name == "metrics/times/loss"), rel=1e-5
-    )
-    assert "tasks at batch 2 | hellaswag acc" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("interval", "batches"), [("1ep", [4, 8]), ("0.5dur", [4, 8])])
-def test_intervals_of_epochs_and_the_end_of_training(interval, batches, files):
-    callback = EvaluateTasks(data={"hellaswag": files["hellaswag"]}, interval=interval, limit=2)
-    _, log = train([callback], max_duration="2ep")
-    assert [int(time.batch) for time, _ in log.data["metrics/hellaswag/acc"]] == batches
-
-
-@pytest.mark.parametrize("options", [{"num_fewshot": 5}, {"include_path": "somewhere"}])
-def test_what_is_for_the_harness_is_refused_without_it(options, files):
-    with pytest.raises(ValueError, match="is for tasks of the lm-evaluation-harness"):
-        EvaluateTasks(data={"hellaswag": files["hellaswag"]}, **options)
-
-
-def test_the_callback_refuses_a_text_longer_than_the_model_at_the_start(files):
-    callback = EvaluateTasks(data={"times": files["times"]}, context_length=CONTEXT + 1)
-    with pytest.raises(ValueError, match="learned positions"):
-        train([callback])
-
-
-def test_the_callback_refuses_at_the_start_what_the_tokenizer_cannot_spell(files, tmp_path, capsys):
-    character_tokenizer("abc").save_pretrained(tmp_path)
-    callback = EvaluateTasks(data={"lambada": files["lambada"]}, interval="1ep")
-    with pytest.raises(ValueError, match="of the 3 characters that the model knows"):
-        train([ProgressLines("1ba"), callback], tokenizer_name=str(tmp_path))
-    assert "batch 1 " not in capsys.readouterr().err
-
-
-def test_two_ranks_share_the_work_and_log_the_same(files, tmp_path):
-    data = {name: files[name] for name in ("hellaswag", "lambada", "times")}
-    script = Path(__file__).with_name("evaluation_two_ranks.py")
-    command = [sys.executable, "-m", "composer.cli.launcher", "-n", "2", str(script)]
-    subprocess.run([*command, str(tmp_path), json.dumps(data)], check=True, timeout=300)
-    first, second = (json.loads((tmp_path / f"rank{r}.json").read_text()) for r in (0, 1))
-    assert first == second
-    assert all(len(values) == 2 for values in first.values())
-    model = GPT2Model.from_pretrained(tmp_path / "model", tokenizer_name="gpt2")
-    alone = evaluate(Scorer(model, progress=False), find_evaluations([], data))
-    assert {each.log_name for each in alone} == set(first)
-    for each in alone:
-        assert first[each.log_name][-1] == pytest.approx(each.value, rel=1e-4), each.log_name

@@ -56,7 +56,8 @@ def test_its_parts_build(name):
     recipe = load(name)
     parameter = torch.nn.Parameter(torch.zeros(1))
     entry = registry.get("optimizers", recipe.optimizer_name)
-    entry.load()([parameter], **recipe.optimizer_arguments)
+    optimizer = entry.load()([parameter], **recipe.optimizer_arguments)
+    assert isinstance(optimizer, torch.optim.Optimizer)
     for kind in ("schedulers", "algorithms", "callbacks", "loggers"):
         for choice, arguments in getattr(recipe, kind).items():
             registry.get(kind, choice).load()(**arguments)
