@@ -79,9 +79,10 @@ class Suite:
     backend: str
     sequence_length: int
     rounds: int
-    deadline: float
     out: Path
     microbatch: int | None = None
+    chosen: list[str] | None = None
+    deadline: float = 0.0  # set after imports
     ceilings: dict[str, float] = field(default_factory=dict)
     references: dict[str, str] = field(default_factory=dict)
     shapes: list[dict[str, Any]] = field(default_factory=list)
@@ -96,6 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--model", action="append", help="default: gpt2-125m and gpt2-350m")
+    parser.add_argument("--contestant", action="append", help="by its name; default: all")
     parser.add_argument("--sequence-length", type=int, default=1024)
     parser.add_argument("--microbatch", type=int, help="sequences; default: by model and memory")
     parser.add_argument("--rounds", type=int, default=3)
@@ -106,20 +108,25 @@ def main() -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs an NVIDIA GPU, found none; try --device cpu")
     models = arguments.model or ["gpt2-125m", "gpt2-350m"]
-    # In nobody's time, and an import that is interrupted cannot be repeated. What is missing is the
-    # error of those that need it.
-    for package in ("torch._dynamo", "transformers.models.gpt2.modeling_gpt2", "composer"):
-        with contextlib.suppress(ImportError):
-            importlib.import_module(package)
     suite = Suite(
         torch.device(arguments.device),
         arguments.backend,
         arguments.sequence_length,
         arguments.rounds,
-        time.monotonic() + arguments.seconds,
         arguments.out,
         arguments.microbatch,
+        arguments.contestant,
     )
+    unknown = sorted(set(suite.chosen or ()) - contestants(suite).keys())
+    if unknown:
+        names = "; ".join(contestants(suite))
+        parser.error(f"--contestant must be one of: {names}; got {'; '.join(unknown)}")
+    # In nobody's time, and an import that is interrupted cannot be repeated. What is missing is the
+    # error of those that need it.
+    for package in ("torch._dynamo", "transformers.models.gpt2.modeling_gpt2", "composer"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(package)
+    suite.deadline = time.monotonic() + arguments.seconds
     signal.signal(signal.SIGALRM, _raise_out_of_time)
     for number, model in enumerate(models):
         # The models that are still to come get equal parts of the time that is left.
@@ -142,6 +149,8 @@ def run_model(suite: Suite, model: str, end: float) -> None:
         suite.rows.append(ceiling)
     reference: list[Step] = []  # the first contestant that runs
     for name, build in contestants(suite).items():
+        if suite.chosen is not None and name not in suite.chosen:
+            continue
         row = Row(model, name)
 
         def run(row: Row = row, build: Build = build) -> None:
