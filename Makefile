@@ -32,20 +32,26 @@ help:
 # uv installs the environment in a minute where pip takes three; where it cannot, pip does. Bytecode
 # is compiled once, for where PYTHONDONTWRITEBYTECODE is set each process would compile it again.
 define install
-	@$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info < (3, 13), \
-	    f"Python 3.10 to 3.12 is needed, this is {sys.version}; set PYTHON=python3.11"'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv \
-	    && $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable ".[$(1)]" \
+	    && $(BIN)/uv pip install --quiet --compile-bytecode $(2) \
+	        --python $(BIN)/python --editable ".[$(1)]" \
 	    || $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(1)]"
 	@touch $@
 endef
 
 $(VENV)/.installed: setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info < (3, 13), \
+	    f"Python 3.10 to 3.12 is needed, this is {sys.version}; set PYTHON=python3.11"'
 	@echo "Installing composer-gpt2 and what it needs into $(VENV) (6.5 GB, one to five minutes)"
-	$(call install,test)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(call install,s3-server)
 
-$(VENV)/.installed-docs: setup.py pyproject.toml | $(VENV)/.installed
+# Pip installs what is excluded, too, which only makes the tests slower.
+$(VENV)/.installed-test: $(VENV)/.installed tests/excludes.txt
+	@echo "Installing what the tests need"
+	$(call install,test,--excludes tests/excludes.txt)
+
+$(VENV)/.installed-docs: $(VENV)/.installed-test
 	$(call install,docs)
 
 install: $(VENV)/.installed
@@ -53,7 +59,7 @@ install: $(VENV)/.installed
 train: $(VENV)/.installed
 	@$(BIN)/composer-gpt2 quickstart --recipe "$(RECIPE)" $(if $(DATA),--data "$(DATA)") $(PREPARE) -- $(ARGS)
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
@@ -63,7 +69,7 @@ lint: $(VENV)/.installed
 test: lint
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder  # short files last
 
-chaos: $(VENV)/.installed
+chaos: $(VENV)/.installed-test
 	CHAOS_KILLS=$(KILLS) CHAOS_SEED=$(SEED) $(BIN)/pytest tests/chaos -s
 
 docs: $(VENV)/.installed-docs

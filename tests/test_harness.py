@@ -169,3 +169,21 @@ def test_tasks_of_other_people(ours, tmp_path, data):
         find_evaluations(
             [], {"piqa": data["piqa"]}, harness=HarnessSettings(None, 3), ours_by_harness=True
         )
+
+
+def test_a_task_that_needs_what_is_not_installed_says_so(ours, tmp_path, data):
+    (tmp_path / "guessing.py").write_text("import a_package_of_theirs\n\nask = str\n")
+    (tmp_path / "guess.yaml").write_text(
+        "task: composer_gpt2_test_imports\n"
+        "dataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {data['piqa']}}}}}\n"
+        "test_split: test\n"
+        "output_type: loglikelihood\n"
+        "doc_to_text: !function guessing.ask\n"
+        "doc_to_target: '{{sol1}}'\n"
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    names = ["composer_gpt2_test_imports"]
+    evaluations = find_evaluations(names, {}, harness=HarnessSettings(str(tmp_path)))
+    with pytest.raises(RuntimeError, match=r"test_imports: .* module 'a_package_of_theirs' for"):
+        evaluate(ours.scorer, evaluations)

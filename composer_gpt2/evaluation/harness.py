@@ -101,6 +101,7 @@ def run_harness(
 
     Raises:
         ImportError: The harness is not installed.
+        RuntimeError: A task needs a package that is not installed.
         ValueError: The harness does not know a name.
     """
     return harness_results(lambda: _our_model(scorer), names, tasks, settings)["results"]
@@ -119,7 +120,7 @@ def harness_results(
     from lm_eval.evaluator import simple_evaluate
 
     settings = settings or HarnessSettings()
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, _quiet(), _what_tasks_import(names):
         ours = write_task_files(tasks, Path(folder))
         results = simple_evaluate(
             build_model(),
@@ -235,6 +236,18 @@ def _check_installed() -> None:
             "these tasks need the lm-evaluation-harness, which is not installed; "
             "pip install 'composer-gpt2[eval]'."
         )
+
+
+@contextlib.contextmanager
+def _what_tasks_import(names: Sequence[str]) -> Iterator[None]:
+    """Tasks import packages that the harness does not install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            f"{', '.join(names)}: the harness needs the module {error.name!r} for these tasks, "
+            "which is not installed; install its package (sklearn is of scikit-learn)."
+        ) from error
 
 
 @contextlib.contextmanager
