@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import gc
 import importlib
-import importlib.util
 import json
 import os
 import platform
@@ -28,18 +27,19 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_contestants import PADDED, Build, chunked_loss, contestants
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a bare machine has not installed us
 
-VOCABULARY, PADDED = 50257, 50304  # 786 x 64
+VOCABULARY = 50257
 WARMUP_STEPS, STEPS = 3, 5
 GPU_TESTS = "python -m pytest -m gpu tests"
 
@@ -48,7 +48,6 @@ MICROBATCHES = {"gpt2-125m": {120: 32, 70: 32, 35: 16, 0: 4}, "gpt2-350m": {120:
 
 
 Step = Callable[[], torch.Tensor]
-Build = Callable[[Any], tuple[Any, torch.optim.Optimizer]]
 
 
 class OutOfTime(BaseException):
@@ -117,10 +116,11 @@ def main() -> None:
         arguments.microbatch,
         arguments.contestant,
     )
-    unknown = sorted(set(suite.chosen or ()) - contestants(suite).keys())
+    known = contestants(suite.device, suite.backend)
+    unknown = sorted(set(suite.chosen or ()) - known.keys())
     if unknown:
-        names = "; ".join(contestants(suite))
-        parser.error(f"--contestant must be one of: {names}; got {'; '.join(unknown)}")
+        got = "; ".join(unknown)
+        parser.error(f"--contestant must be one of: {'; '.join(known)}; got {got}")
     # In nobody's time, and an import that is interrupted cannot be repeated. What is missing is the
     # error of those that need it.
     for package in ("torch._dynamo", "transformers.models.gpt2.modeling_gpt2", "composer"):
@@ -148,7 +148,7 @@ def run_model(suite: Suite, model: str, end: float) -> None:
     if ceiling.error:
         suite.rows.append(ceiling)
     reference: list[Step] = []  # the first contestant that runs
-    for name, build in contestants(suite).items():
+    for name, build in contestants(suite.device, suite.backend).items():
         if suite.chosen is not None and name not in suite.chosen:
             continue
         row = Row(model, name)
@@ -240,100 +240,6 @@ def synchronize(suite: Suite) -> None:
         torch.cuda.synchronize()
 
 
-# --- Contestants ---------------------------------------------------------------------------------
-
-# As they are applied to a model, whatever the order of a contestant's list.
-ORDER = ("pad_vocabulary", "alibi", "fused_gelu", "fused_layernorm", "fused_cross_entropy")
-
-
-def contestants(suite: Suite) -> dict[str, Build]:
-    """Each makes a network and an optimizer of a configuration; the most telling come first."""
-    on_gpu = suite.device.type == "cuda"
-
-    def plain(config: Any, *, fused: bool = False) -> tuple[Any, Any]:
-        from transformers import GPT2LMHeadModel
-
-        network: Any = GPT2LMHeadModel(config)
-        network.to(suite.device)
-        network.loss_type = "ForCausalLM"  # its class name does not tell transformers
-        return network, torch.optim.AdamW(network.parameters(), lr=6e-4, fused=fused or None)
-
-    def tuned(config: Any) -> tuple[Any, Any]:
-        config.vocab_size, config.activation_function = PADDED, "gelu_pytorch_tanh"
-        return plain(config, fused=True)
-
-    def ours(*names: str, fused: bool = True, liger_loss: bool = True, kernel: str = "sdpa") -> Any:
-        def build(config: Any) -> tuple[Any, Any]:
-            network, optimizer = plain(config, fused=fused)
-            network.without_liger = not liger_loss
-            for name in sorted(names, key=ORDER.index):
-                # Without mosaicml this import fails, and says so.
-                module = importlib.import_module(f"algorithms.{name}.{name}")
-                settings = {"kernel": kernel} if name == "alibi" else {}
-                with chunked_loss(not liger_loss):
-                    getattr(module, f"apply_{name}")(network, optimizers=[optimizer], **settings)
-            return network, optimizer
-
-        return build
-
-    def compiled(build: Build) -> Build:
-        def build_and_compile(config: Any) -> tuple[Any, Any]:
-            network, optimizer = build(config)
-            network.compile(backend=suite.backend)
-            return network, optimizer
-
-        return build_and_compile
-
-    def flash(build: Build) -> Build:
-        def build_with_flash(config: Any) -> tuple[Any, Any]:
-            network, optimizer = build(config)
-            forward = network.forward
-
-            def forward_with_flash(*arguments: Any, **named: Any) -> Any:
-                from torch.nn.attention import SDPBackend, sdpa_kernel
-
-                with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # or an error
-                    return forward(*arguments, **named)
-
-            network.forward = forward_with_flash
-            return network, optimizer
-
-        return build_with_flash
-
-    padded = ("pad_vocabulary",)
-    loss = (*padded, "fused_cross_entropy")
-    gelu = (*loss, "fused_gelu")
-    everything = (*gelu, "fused_layernorm") if on_gpu else gelu  # on a CPU it compiles for long
-    alibi = ("alibi", *everything)
-    return {
-        "Hugging Face, compiled": compiled(plain),
-        "Hugging Face": plain,
-        "ours: all, compiled": compiled(ours(*everything)),
-        "Hugging Face, tuned by configuration, compiled": compiled(tuned),
-        "ours: padded vocabulary": ours(*padded, fused=False),
-        "+ flash attention enforced": flash(ours(*padded, fused=False)),
-        "+ fused AdamW": ours(*padded),
-        "+ fused cross entropy (ours, in chunks)": ours(*loss, liger_loss=False),
-        "+ fused cross entropy (Liger)": needs("liger_kernel", ours(*loss)),
-        "+ fused GELU": ours(*gelu),
-        "+ fused LayerNorm (Liger)": needs("liger_kernel", ours(*gelu, "fused_layernorm")),
-        "+ ALiBi by SDPA": ours(*alibi),
-        "+ ALiBi by FlexAttention": ours(*alibi, kernel="flex"),
-        "ours: pad, AdamW, cross entropy, compiled": compiled(ours(*loss)),
-        "ours: all and ALiBi by FlexAttention, compiled": compiled(ours(*alibi, kernel="flex")),
-        "ours: all and ALiBi by SDPA, compiled": compiled(ours(*alibi)),
-    }
-
-
-def needs(package: str, build: Build) -> Build:
-    def build_if_there(config: Any) -> tuple[Any, Any]:
-        if importlib.util.find_spec(package) is None:
-            raise ModuleNotFoundError(f"{package} is not installed; left out")
-        return build(config)
-
-    return build_if_there
-
-
 # --- Measuring -----------------------------------------------------------------------------------
 
 
@@ -356,20 +262,6 @@ def step_of(suite: Suite, model: str, build: Build) -> Step:
         return loss.detach()
 
     return step
-
-
-@contextlib.contextmanager
-def chunked_loss(enforced: bool) -> Iterator[None]:
-    """Our loss in chunks where Liger's would be taken."""
-    if not enforced:
-        yield
-        return
-    module: Any = importlib.import_module("algorithms.fused_cross_entropy.fused_cross_entropy")
-    finder, module._liger_loss = module._liger_loss, lambda: None
-    try:
-        yield
-    finally:
-        module._liger_loss = finder
 
 
 def measure(suite: Suite, row: Row, build: Build, reference: Step | None = None) -> Step:

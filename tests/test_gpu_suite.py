@@ -34,9 +34,7 @@ def run_suite(out: Path, *contestants: str, seconds: float = ENOUGH, **environme
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    chosen = ["Hugging Face, compiled", "Hugging Face", "+ fused cross entropy (ours, in chunks)"]
-    chosen += ["+ fused GELU", "+ ALiBi by SDPA", "+ ALiBi by FlexAttention"]
-    return run_suite(tmp_path_factory.mktemp("suite"), *chosen)
+    return run_suite(tmp_path_factory.mktemp("suite"))
 
 
 def test_measured_rows_hold_speed_ratio_share_and_loss(results):
@@ -44,9 +42,9 @@ def test_measured_rows_hold_speed_ratio_share_and_loss(results):
     assert found["ceilings"]["gpt-nano"] > 0
     assert len(found["products"]) == 5
     assert next(iter(rows)) == "Hugging Face, compiled"
-    assert len(rows) == 6
     assert rows["Hugging Face, compiled"]["against_reference"] == 1.0
-    for name in rows.keys() - {"+ ALiBi by FlexAttention"}:
+    cannot = {name for name in rows if "FlexAttention" in name or "Liger" in name}
+    for name in rows.keys() - cannot:
         assert rows[name]["tokens_per_second"] > 0, rows[name]["error"]
         assert rows[name]["share_of_ceiling"] > 0
         assert f"| {name} |" in table
@@ -55,7 +53,11 @@ def test_measured_rows_hold_speed_ratio_share_and_loss(results):
 def test_all_contestants_without_alibi_begin_with_one_loss(results):
     _, rows, _ = results
     reference = rows["Hugging Face, compiled"]["loss"]
-    for name in ("Hugging Face", "+ fused cross entropy (ours, in chunks)", "+ fused GELU"):
+    alibi = {name for name in rows if "ALiBi" in name}
+    tuned = {name for name in rows if "tuned" in name}  # other random weights
+    same = {name for name in rows.keys() - alibi - tuned if rows[name]["loss"] is not None}
+    assert len(same) >= 9
+    for name in same:
         assert rows[name]["loss"] == pytest.approx(reference, rel=2e-3), name
     assert rows["+ ALiBi by SDPA"]["loss"] != pytest.approx(reference, rel=2e-3)
 

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from composer_gpt2.evaluation.evaluations import evaluate, find_evaluations
+from composer_gpt2.evaluation.evaluations import check_evaluations, evaluate, find_evaluations
 from composer_gpt2.evaluation.harness import HarnessSettings, harness_results
 from composer_gpt2.evaluation.likelihood import Scorer
 from composer_gpt2.model import GPT2Model
@@ -171,7 +171,8 @@ def test_tasks_of_other_people(ours, tmp_path, data):
         )
 
 
-def test_a_task_that_needs_what_is_not_installed_says_so(ours, tmp_path, data):
+@pytest.mark.parametrize("look", [evaluate, check_evaluations])
+def test_a_task_that_needs_what_is_not_installed_says_so(look, ours, tmp_path, data):
     (tmp_path / "guessing.py").write_text("import a_package_of_theirs\n\nask = str\n")
     (tmp_path / "guess.yaml").write_text(
         "task: composer_gpt2_test_imports\n"
@@ -186,4 +187,4 @@ def test_a_task_that_needs_what_is_not_installed_says_so(ours, tmp_path, data):
     names = ["composer_gpt2_test_imports"]
     evaluations = find_evaluations(names, {}, harness=HarnessSettings(str(tmp_path)))
     with pytest.raises(RuntimeError, match=r"test_imports: .* module 'a_package_of_theirs' for"):
-        evaluate(ours.scorer, evaluations)
+        look(ours.scorer, evaluations)

@@ -35,7 +35,7 @@ from composer_gpt2.data.object_store import open_store
 from composer_gpt2.data.retrying import DEFAULT_RETRIES, retry_seconds
 from composer_gpt2.data.streaming import ShardError, StreamingTokens, build_token_dataloader
 
-SOON_SECONDS = 30  # for what is no use to try again; with retries it would be two minutes
+SOON_SECONDS = 10  # for what is no use to try again; with retries it would be two minutes
 
 
 @pytest.fixture

@@ -211,7 +211,7 @@ def test_bombs_are_refused_and_not_built(folder, content, reason):
     text = outcome(folder, content)
     assert reason in text
     assert text
-    assert time.monotonic() - begin < SECONDS
+    assert time.monotonic() - begin < 5
 
 
 def test_deep_overrides(folder):

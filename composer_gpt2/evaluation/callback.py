@@ -103,8 +103,11 @@ class EvaluateTasks(Callback):
         Raises:
             ValueError: The model is no ``GPT2Model`` or is sharded, the precision has no autocast
                 type, a length does not suit, or a task or text does not suit the tokenizer.
+            RuntimeError: A task of the harness needs a package that is not installed.
+            OSError: The data of such a task cannot be had.
         """
-        check_evaluations(self._scorer(state), self.evaluations, stride=self.stride)
+        with _random_numbers_kept():
+            check_evaluations(self._scorer(state), self.evaluations, stride=self.stride)
 
     def batch_end(self, state: State, logger: Logger) -> None:  # noqa: D102 (Composer's event)
         self._measure_if_due(state, logger, Event.BATCH_END)

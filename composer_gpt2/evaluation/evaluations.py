@@ -12,6 +12,7 @@ from composer_gpt2.evaluation.harness import (
     check_document_start,
     is_installed,
     known_tasks,
+    load_tasks,
     run_harness,
 )
 from composer_gpt2.evaluation.likelihood import Scorer
@@ -140,7 +141,7 @@ def check_evaluations(
 ) -> None:
     """Reads and encodes all that will be measured, to find now what would fail later.
 
-    The harness's own tasks are not read.
+    The harness's own tasks are loaded, but not encoded.
 
     Args:
         scorer: The model.
@@ -149,6 +150,8 @@ def check_evaluations(
 
     Raises:
         ValueError: What :func:`evaluate` would raise.
+        RuntimeError: A task of the harness needs a package that is not installed.
+        OSError: The data of such a task cannot be had.
     """
     codec = _suitable_codec(scorer.model, evaluations)
     _scorers_of_contexts(scorer, (), stride)
@@ -160,6 +163,8 @@ def check_evaluations(
         )
     for text in evaluations.texts:
         text.read(codec, evaluations.max_tokens)
+    if evaluations.harness_tasks:
+        load_tasks(evaluations.harness_tasks, evaluations.harness)
 
 
 def evaluate(

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ __all__ = [
     "harness_results",
     "is_installed",
     "known_tasks",
+    "load_tasks",
     "run_harness",
     "write_task_files",
 ]
@@ -62,6 +64,18 @@ def known_tasks(names: Sequence[str], settings: HarnessSettings) -> set[str]:
         ImportError: The harness is not installed.
     """
     return set(_task_manager(names, [settings.include_path]).all_tasks)
+
+
+def load_tasks(names: Sequence[str], settings: HarnessSettings) -> None:
+    """Loads tasks with their data, as asking them does, to find now what would fail later.
+
+    Raises:
+        ImportError: The harness is not installed.
+        RuntimeError: A task needs a package that is not installed.
+        OSError: Data that is neither here nor on a hub that can be reached.
+    """
+    with _quiet(), _missing_modules_named(names):
+        _task_manager(names, [settings.include_path]).load(list(names))
 
 
 def check_document_start(codec: TextCodec, model: GPT2Model) -> None:
@@ -120,7 +134,11 @@ def harness_results(
     from lm_eval.evaluator import simple_evaluate
 
     settings = settings or HarnessSettings()
-    with tempfile.TemporaryDirectory() as folder, _quiet(), _what_tasks_import(names):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _quiet(),
+        _missing_modules_named([*names, *(task.name for task in tasks)]),
+    ):
         ours = write_task_files(tasks, Path(folder))
         results = simple_evaluate(
             build_model(),
@@ -239,13 +257,13 @@ def _check_installed() -> None:
 
 
 @contextlib.contextmanager
-def _what_tasks_import(names: Sequence[str]) -> Iterator[None]:
+def _missing_modules_named(tasks: Sequence[str]) -> Iterator[None]:
     """Tasks import packages that the harness does not install."""
     try:
         yield
     except ModuleNotFoundError as error:
         raise RuntimeError(
-            f"{', '.join(names)}: the harness needs the module {error.name!r} for these tasks, "
+            f"{', '.join(tasks)}: the harness needs the module {error.name!r} for these tasks, "
             "which is not installed; install its package (sklearn is of scikit-learn)."
         ) from error
 
@@ -261,7 +279,8 @@ def _quiet() -> Iterator[None]:
     before = os.environ.get("DISABLE_MULTIPROC")
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:
-        yield
+        with contextlib.redirect_stdout(sys.stderr):  # "bootstrapping for stddev"
+            yield
     finally:
         if before is None:
             del os.environ["DISABLE_MULTIPROC"]
